@@ -1,0 +1,1 @@
+"""Tasks that come ready-made. A site's own tasks live in the site's own package."""
