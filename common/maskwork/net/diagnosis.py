@@ -1,0 +1,182 @@
+"""Why a connection fails: what is wrong with one's own identity files, and what may be wrong at the peer.
+
+gRPC does not tell Python why a TLS handshake failed; a caller sees UNAVAILABLE. So each side verifies its own
+files, before it starts and again after a failure, and says what it finds (DESIGN section 7). `probe_server`
+repeats the handshake once with the standard library's TLS, which does give the reason.
+
+It does NOT decide whether a peer may be trusted, and no connection it opens ever carries a request. It imports
+no gRPC, so that the `pki` commands can use it.
+
+Rule: time is an argument, and a probe is bounded by a timeout.
+"""
+
+import socket
+import ssl
+from dataclasses import dataclass
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from maskwork.errors import UserError
+from maskwork.net.identity import (
+    IdentityError,
+    IdentityFiles,
+    IdentityProblem,
+    Role,
+    TrustRoots,
+    VerifiedCertificate,
+    load_certificate,
+    read_identity_file,
+    to_der,
+)
+from maskwork.net.names import shortened
+
+PROBE_TIMEOUT_S: Final = 5.0
+_LOOKS_FOR_ALERTS_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a coordinator is dialled: a host name or address, and a port."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Target":
+        """Read ``host:port`` or ``[v6 address]:port``.
+
+        Raises:
+            UserError: When it is neither.
+        """
+        host, separator, port = text.rpartition(":")
+        host = host.removeprefix("[").removesuffix("]")
+        if not (separator and host and port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+            raise UserError(f"{shortened(text)} is not an address to dial: expected HOST:PORT")
+        return cls(host, int(port))
+
+
+def check_own_files(
+    files: IdentityFiles, *, now: float, role: Role | None = None, roots: TrustRoots | None = None
+) -> VerifiedCertificate:
+    """Verify one's own identity files the way that the peer will.
+
+    Args:
+        files: The three files.
+        now: Unix time in seconds.
+        role: The role that is needed for what is about to be done; None for any.
+        roots: The federation's roots; None reads them from `files.ca`.
+
+    Returns:
+        The certificate, verified.
+
+    Raises:
+        IdentityError: What is wrong, beginning with the file that is.
+    """
+    roots = roots if roots is not None else TrustRoots.from_file(files.ca)
+    certificate = load_certificate(files.cert)
+    try:
+        verified = roots.verify(to_der(certificate), now=now, role=role)
+    except IdentityError as error:
+        raise IdentityError(error.problem, f"{files.cert}: {error.text}") from None
+    _check_key(files, verified)
+    return verified
+
+
+def explain_connection_failure(
+    files: IdentityFiles, target: str, *, now: float, role: Role | None = None, reason: str | None = None
+) -> str:
+    """Say in plain words why a connection to `target` may have failed.
+
+    Args:
+        files: One's own identity files.
+        target: What was dialled, ``host:port``.
+        now: Unix time in seconds.
+        role: The role that one's own certificate needs.
+        reason: What `probe_server` found, if it was asked.
+
+    Returns:
+        The fault in one's own files if there is one, else `reason`, else what may be wrong, one line each.
+    """
+    try:
+        verified = check_own_files(files, now=now, role=role)
+    except IdentityError as error:
+        return f"cannot connect to {target}: {error.text}"
+    if reason is not None:
+        return f"cannot connect to {target}: {reason}"
+    host = target.rpartition(":")[0]
+    return "\n".join(
+        (
+            f"cannot connect to {target}. Our own files are in order ({verified.identity.uri}); check that",
+            f"  - the coordinator runs and {target} can be reached from here (address, port, firewall)",
+            f"  - its certificate was issued for the host name or address {host!r} (`maskwork pki show` lists them)",
+            f"  - its certificate is signed by the CA in {files.ca}, and has not expired",
+            f"  - the coordinator trusts that CA too, and has not revoked {files.cert}",
+        )
+    )
+
+
+def probe_server(files: IdentityFiles, target: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> str | None:
+    """Make one TLS handshake with `target` and say what is wrong with it; blocks for at most about `timeout_s`.
+
+    Returns:
+        The reason in plain words, or None when the handshake succeeded and the server did not object.
+    """
+    try:
+        where = Target.parse(target)
+        context = ssl.create_default_context(cafile=str(files.ca))
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_cert_chain(files.cert, files.key)
+        with (
+            socket.create_connection((where.host, where.port), timeout=timeout_s) as plain,
+            context.wrap_socket(plain, server_hostname=where.host) as secured,
+        ):
+            return _objection(secured)
+    except UserError as error:
+        return str(error)
+    except ssl.SSLCertVerificationError as error:
+        return f"the server's certificate is refused: {error.verify_message}"
+    except ssl.SSLError as error:
+        return f"the TLS 1.3 handshake fails: {_tls_reason(error)}"
+    except socket.gaierror as error:
+        return f"the host name cannot be resolved ({error.strerror})"
+    except TimeoutError:
+        return f"no answer within {timeout_s:g} s: a firewall, or a server that hangs"
+    except OSError as error:
+        return f"{(error.strerror or str(error)).lower()}: does the coordinator run, and at this address and port?"
+
+
+def _objection(secured: ssl.SSLSocket) -> str | None:
+    # In TLS 1.3 the client is done before the server has looked at the client's certificate: a refusal arrives
+    # as an alert instead of the first data, which is the settings frame that every HTTP/2 server sends unasked.
+    secured.settimeout(_LOOKS_FOR_ALERTS_S)
+    try:
+        first = secured.recv(1)
+    except TimeoutError:
+        return None
+    except ssl.SSLError as error:
+        return f"the server refuses our certificate: {_tls_reason(error)}"
+    except OSError:
+        first = b""
+    if first:
+        return None
+    return "the server closes the connection after the handshake: it refuses our certificate, or is shutting down"
+
+
+def _tls_reason(error: ssl.SSLError) -> str:
+    return (error.reason or "unknown").lower().replace("_", " ")
+
+
+def _check_key(files: IdentityFiles, verified: VerifiedCertificate) -> None:
+    try:
+        key = load_pem_private_key(read_identity_file(files.key), password=None)
+    except (ValueError, TypeError):
+        raise IdentityError(
+            IdentityProblem.MALFORMED,
+            f"{files.key}: not an unencrypted PEM private key: expected the key.pem of `maskwork pki issue`",
+        ) from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != verified.public_key:
+        raise IdentityError(
+            IdentityProblem.WRONG_KEY,
+            f"{files.key}: not the key of {files.cert}: use the pair that one `maskwork pki issue` wrote",
+        )

@@ -1,0 +1,43 @@
+"""Which role may call which RPC: one table, read by the server before a call reaches any code of ours.
+
+It is NOT a policy engine: what a caller may do *within* a call (its own round, its own job) is decided where
+the call is handled.
+
+Rule: what the table does not name is refused, whoever asks (DESIGN section 7).
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from maskwork.net.names import Role
+
+_PARTICIPANTS: Final = frozenset({Role.PARTICIPANT})
+_SUBMITTERS: Final = frozenset({Role.OPERATOR, Role.RESEARCHER})
+_READERS: Final = frozenset({Role.OPERATOR, Role.RESEARCHER, Role.AUDITOR})
+_ANYONE: Final = frozenset(Role)
+
+PERMISSIONS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
+    {
+        "/maskwork.wire.v1.Federation/Connect": _PARTICIPANTS,
+        "/maskwork.wire.v1.Federation/Upload": _PARTICIPANTS,
+        "/maskwork.wire.v1.Federation/Download": _PARTICIPANTS,
+        "/maskwork.wire.v1.Jobs/SubmitJob": _SUBMITTERS,
+        "/maskwork.wire.v1.Jobs/AbortJob": _SUBMITTERS,
+        "/maskwork.wire.v1.Jobs/ExportModel": _SUBMITTERS,
+        "/maskwork.wire.v1.Jobs/ListJobs": _READERS,
+        "/maskwork.wire.v1.Jobs/GetJob": _READERS,
+        "/maskwork.wire.v1.Jobs/WatchJob": _READERS,
+        "/grpc.health.v1.Health/Check": _ANYONE,
+        "/grpc.health.v1.Health/List": _ANYONE,
+        "/grpc.health.v1.Health/Watch": _ANYONE,
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": _ANYONE,
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _ANYONE,
+    }
+)
+"""Full method name, as gRPC gives it (``/package.Service/Method``), to the roles that may call it."""
+
+
+def allowed(method: str, role: Role) -> bool:
+    """Whether `role` may call the RPC with the full name `method`; False for a method that is not in the table."""
+    return role in PERMISSIONS.get(method, frozenset())

@@ -1,0 +1,212 @@
+"""Mutual TLS 1.3 for gRPC: credentials, channel and server options, and who is at the other end.
+
+Everything of ours that makes gRPC credentials does it here. There is no insecure mode.
+
+It is NOT where certificates are judged (`maskwork.net.identity`) nor where permissions are
+(`maskwork.net.permissions`); it hands the one to the other. It does not retry and holds no connection.
+
+Rules it upholds:
+
+1. **TLS 1.3 only.** gRPC for Python has no setting for the least TLS version. So the list of TLS 1.2 suites is
+   set to an RSA suite, which no certificate of ours fits, before gRPC is imported (`maskwork.net` does that);
+   then neither side can agree on 1.2. Should gRPC have been imported earlier, with another list, this module
+   refuses to be imported. `peer_identity` looks at the negotiated version too.
+2. Both sides present a certificate, and both verify the other's. gRPC's own check (chain, validity, and host
+   name at the client) comes first; the server verifies again, with all of `TrustRoots.verify`, on each call.
+3. What gRPC leaves to defaults that matter here is set, below, each with its reason.
+
+Sources: DESIGN sections 5 and 7; gRPC core, `include/grpc/impl/channel_arg_names.h`; gRFC A8 (keepalive).
+"""
+
+from collections.abc import Container, Iterable, Mapping
+from typing import Final, Protocol
+
+import grpc
+import maskwork.net
+from cryptography import x509
+from maskwork.net.diagnosis import check_own_files, explain_connection_failure, probe_server
+from maskwork.net.identity import (
+    IdentityError,
+    IdentityFiles,
+    IdentityProblem,
+    TrustRoots,
+    VerifiedCertificate,
+    read_identity_file,
+    to_der,
+)
+from maskwork.net.names import malformed, shortened
+
+__all__ = [
+    "CHANNEL_OPTIONS",
+    "CHUNK_BYTES",
+    "SERVER_OPTIONS",
+    "HasAuthContext",
+    "channel_credentials",
+    "check_own_files",
+    "explain_connection_failure",
+    "peer_identity",
+    "probe_server",
+    "server_credentials",
+]
+
+if maskwork.net.GRPC_CAME_FIRST:
+    raise RuntimeError(
+        f"grpc was imported before maskwork.net with another {maskwork.net.CIPHER_SUITES_VARIABLE}, so it would accept "
+        "TLS 1.2: import maskwork.net (or any module of it) before grpc"
+    )
+
+Options = tuple[tuple[str, int], ...]
+
+CHUNK_BYTES: Final = 1 << 20
+"""Payload of one chunk of a vector (DESIGN section 5)."""
+SERVER_RECEIVE_BYTES: Final = 2 * CHUNK_BYTES
+"""Longest message to the coordinator: a chunk and its envelope, nothing else of ours is as large."""
+CLIENT_RECEIVE_BYTES: Final = 8 * CHUNK_BYTES
+"""Longest message from the coordinator: rosters and the like come whole."""
+METADATA_BYTES: Final = 8 << 10
+
+KEEPALIVE_TIME_MS: Final = 30_000
+KEEPALIVE_TIMEOUT_MS: Final = 10_000
+HANDSHAKE_TIMEOUT_MS: Final = 10_000
+
+_KEEPALIVE: Final[Options] = (
+    # A control stream is silent for as long as a training takes; a site whose network went away, or a
+    # NAT that forgot the connection, is noticed after 40 s, not after TCP's quarter of an hour or more.
+    ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    # Between two jobs there may be no call at all, and the connection should be known to work.
+    ("grpc.keepalive_permit_without_calls", 1),
+    # The default of two pings without data in between would end the above after a minute.
+    ("grpc.http2.max_pings_without_data", 0),
+)
+
+SERVER_OPTIONS: Final[Options] = (
+    *_KEEPALIVE,
+    # The policy that matches the clients' keepalive: the default (5 minutes) would answer pings every 30 s
+    # with GOAWAY "too_many_pings". Half the interval leaves room for jitter.
+    ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_TIME_MS // 2),
+    ("grpc.http2.max_ping_strikes", 2),
+    # A connection that never finishes its handshake is closed after this; the default is two minutes.
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
+    ("grpc.max_receive_message_length", SERVER_RECEIVE_BYTES),
+    # What the client would not take is our own mistake, and is told where it is made.
+    ("grpc.max_send_message_length", CLIENT_RECEIVE_BYTES),
+    ("grpc.max_metadata_size", METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", METADATA_BYTES),
+    # One control stream, one upload, one download, a watch, a health check: twice that.
+    ("grpc.max_concurrent_streams", 10),
+    # The receive window is fixed instead of probed: probing grew to megabytes per stream, so memory grew with
+    # the cohort. 4 MiB a stream keep a link of 40 ms at 80 MB/s (1 MiB: 25 MB/s; probed: 200 MB/s).
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 4 * CHUNK_BYTES),
+    # A second coordinator on the same port has to fail, not to take half of the connections.
+    ("grpc.so_reuseport", 0),
+)
+"""For ``grpc.aio.server(options=…)``."""
+
+CHANNEL_OPTIONS: Final[Options] = (
+    *_KEEPALIVE,
+    # After a restart of the coordinator, sites are back within seconds, and a thousand of them do not come at
+    # once: gRPC adds 20 % of jitter. The default backs off to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 15_000),
+    # Also the time that one attempt may take, handshake included: the server's handshake timeout is no longer.
+    ("grpc.min_reconnect_backoff_ms", HANDSHAKE_TIMEOUT_MS),
+    ("grpc.max_receive_message_length", CLIENT_RECEIVE_BYTES),
+    ("grpc.max_send_message_length", SERVER_RECEIVE_BYTES),
+    ("grpc.max_metadata_size", METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", METADATA_BYTES),
+    # A site has one download at a time: here probing costs little memory and fills long links.
+    ("grpc.http2.bdp_probe", 1),
+    # Calls are repeated by the protocol, which knows what may be repeated, never by the library.
+    ("grpc.enable_retries", 0),
+    # No timeouts, retries or load balancing out of somebody's DNS TXT record.
+    ("grpc.service_config_disable_resolution", 1),
+)
+"""For ``grpc.aio.secure_channel(target, credentials, options=…)``."""
+
+
+class HasAuthContext(Protocol):
+    """The part of ``grpc.aio.ServicerContext`` that tells who is calling."""
+
+    def auth_context(self) -> Mapping[str, Iterable[bytes]]:
+        """Properties of the connection, each with its values."""
+        ...
+
+
+def server_credentials(files: IdentityFiles) -> grpc.ServerCredentials:
+    """Credentials of a server that demands a client certificate signed by the CA in `files.ca`.
+
+    Call `check_own_files` first: gRPC does not say what is wrong with a file.
+
+    Raises:
+        IdentityError: `UNREADABLE`, when a file cannot be read.
+    """
+    pair = (read_identity_file(files.key), read_identity_file(files.cert))
+    return grpc.ssl_server_credentials([pair], read_identity_file(files.ca), require_client_auth=True)
+
+
+def channel_credentials(files: IdentityFiles) -> grpc.ChannelCredentials:
+    """Credentials of a client that trusts the CA in `files.ca` alone and presents its own certificate.
+
+    Call `check_own_files` first: gRPC does not say what is wrong with a file.
+
+    Raises:
+        IdentityError: `UNREADABLE`, when a file cannot be read.
+    """
+    return grpc.ssl_channel_credentials(
+        root_certificates=read_identity_file(files.ca),
+        private_key=read_identity_file(files.key),
+        certificate_chain=read_identity_file(files.cert),
+    )
+
+
+def peer_identity(
+    context: HasAuthContext,
+    roots: TrustRoots,
+    *,
+    now: float,
+    federation: str | None = None,
+    is_revoked: Container[bytes] = frozenset(),
+) -> VerifiedCertificate:
+    """Who is calling, verified anew for this call.
+
+    A connection outlives its handshake by days, so validity and revocation are looked at on each call.
+
+    Args:
+        context: The call's ``grpc.aio.ServicerContext``.
+        roots: The federation's roots.
+        now: Unix time in seconds.
+        federation: The federation that the caller has to be of.
+        is_revoked: As in `TrustRoots.verify`.
+
+    Raises:
+        IdentityError: When the caller is not a member in good standing over TLS 1.3. The text is for our log;
+            the caller gets a code and a short phrase.
+    """
+    properties = context.auth_context()
+    _expect(properties, "transport_security_type", b"ssl")
+    _expect(properties, "security_level", b"TSI_PRIVACY_AND_INTEGRITY")
+    _expect(properties, "ssl_tls_version", b"TLSv1.3")
+    pem = _single(properties, "x509_pem_cert")
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+    except ValueError:
+        raise malformed("the caller's certificate is not readable") from None
+    return roots.verify(to_der(certificate), now=now, role=None, federation=federation, is_revoked=is_revoked)
+
+
+def _expect(properties: Mapping[str, Iterable[bytes]], key: str, expected: bytes) -> None:
+    value = _single(properties, key)
+    if value != expected:
+        problem = IdentityProblem.TLS_TOO_OLD if key == "ssl_tls_version" else IdentityProblem.MALFORMED
+        raise IdentityError(
+            problem, f"the caller's connection has {key} {shortened(repr(value))} where {expected!r} is needed"
+        )
+
+
+def _single(properties: Mapping[str, Iterable[bytes]], key: str) -> bytes:
+    values = list(properties.get(key, ()))
+    if len(values) != 1:
+        raise malformed(f"the caller's connection has {len(values)} values of {key} where one is needed")
+    return values[0]

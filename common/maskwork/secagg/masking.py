@@ -1,0 +1,168 @@
+"""The data path of both sides: encode, mask and pack an update; add packed updates up; take masks off the sum.
+
+Each tile of the update goes through all stages while it is in the cache, so that the vector is read twice (once to
+check it and take its norm, once to encode it) and the packed bytes are written once.
+
+What this deliberately is not: it derives no keys, knows no protocol state and decides nothing about who is in the sum.
+
+Rules:
+ 1. Bad input is refused before the first byte of output is written.
+ 2. Memory beyond the caller's buffers is a few tiles, whatever d and however many keys.
+ 3. Keys are never part of a repr or of an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from maskwork.secagg.encoding import Encoding, EncodingError, TileEncoder, check_weight, checked_norm
+from maskwork.secagg.prg import MaskStreams, SignedKey, add_keystreams_u32, add_keystreams_u64, check_key
+from maskwork.secagg.ring import TILE, BitPacker, UInt8Array, UInt32Array, UInt64Array, packed_size, scratch
+from maskwork.secagg.rotation import Float32Array
+
+
+@dataclass(frozen=True, slots=True)
+class MaskingKeys:
+    """Everything secret that goes into one participant's masked vectors of one session.
+
+    Attributes:
+        update: Self mask and pair masks of the segment ``update``.
+        statistics: The same for the segment ``statistics``.
+        rounding_key: 16 bytes, fresh for this session: the noise of stochastic rounding.
+    """
+
+    update: tuple[SignedKey, ...] = field(repr=False)
+    statistics: tuple[SignedKey, ...] = field(repr=False)
+    rounding_key: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        check_key(self.rounding_key)
+
+
+def mask_update(
+    update_f32: Float32Array,
+    weight: int,
+    *,
+    encoding: Encoding,
+    keys: MaskingKeys,
+    rotation_seed: bytes,
+    out_u8: UInt8Array,
+) -> int:
+    """Encodes, masks and packs one update.
+
+    Args:
+        update_f32: float32[d], contiguous.
+        weight: n_i, from 1 to the weight cap.
+        encoding: The session's encoding.
+        keys: The participant's mask keys and rounding key.
+        rotation_seed: 32 public bytes; not looked at without rotation.
+        out_u8: uint8[packed_size(d, ring_bits)]; every byte is written.
+
+    Returns:
+        How many coordinates were clamped.
+
+    Raises:
+        EncodingError: The update, the weight or a length is refused; nothing was written.
+    """
+    check_weight(weight, encoding.weight_cap)
+    norm = checked_norm(update_f32)
+    _check_packed(out_u8, len(update_f32), encoding.ring_bits)
+    encoder = TileEncoder(
+        encoding,
+        length=len(update_f32),
+        norm=norm,
+        weight=weight,
+        rotation_seed=rotation_seed,
+        rounding_key=keys.rounding_key,
+    )
+    masks = MaskStreams(keys.update, item_bytes=4)
+    packer = BitPacker(encoding.ring_bits)
+    ring = scratch(min(2 * TILE, len(update_f32)), np.uint32)
+    clamped = 0
+    for start, stop in encoder.tiles():
+        tile = ring[: stop - start]
+        clamped += encoder.encode(update_f32[start:stop], start, tile.view(np.int32))
+        masks.add_to(tile)
+        at = start * encoding.ring_bits // 8
+        packer.pack(tile, out_u8[at : at + packed_size(len(tile), encoding.ring_bits)])
+    return clamped
+
+
+def _check_packed(packed: UInt8Array, count: int, ring_bits: int) -> None:
+    expected = packed_size(count, ring_bits)
+    if packed.dtype != np.uint8 or packed.ndim != 1 or not packed.flags.c_contiguous or len(packed) != expected:
+        raise EncodingError(
+            f"{count} coordinates of {ring_bits} bits take {expected} bytes, "
+            f"the packed buffer is {packed.dtype}{list(packed.shape)}"
+        )
+
+
+def mask_statistics(encoded_u64: UInt64Array, keys: Sequence[SignedKey]) -> bytes:
+    """Masks encoded statistics.
+
+    Args:
+        encoded_u64: uint64[s], from ``encode_statistics``; left as it is.
+        keys: The signed keys of the segment ``statistics``.
+
+    Returns:
+        8 s bytes, little-endian.
+    """
+    masked = encoded_u64.copy()
+    add_keystreams_u64(masked, keys)
+    return masked.astype("<u8").tobytes()
+
+
+def accumulate(acc_u32: UInt32Array, packed_u8: UInt8Array, ring_bits: int) -> None:
+    """Adds one packed vector to the accumulator, in place, modulo 2^32 (so the low r bits are right).
+
+    Args:
+        acc_u32: uint32[d]; may be a memory map.
+        packed_u8: uint8[packed_size(d, ring_bits)]; may be a memory map.
+        ring_bits: r.
+
+    Raises:
+        EncodingError: The lengths do not fit; the accumulator is as it was.
+    """
+    acc, packed = acc_u32.view(np.ndarray), packed_u8.view(np.ndarray)
+    _check_packed(packed, len(acc), ring_bits)
+    packer = BitPacker(ring_bits)
+    unpacked = scratch(min(TILE, len(acc)), np.uint32)
+    for start in range(0, len(acc), TILE):
+        tile = acc[start : start + TILE]
+        at = start * ring_bits // 8
+        part = unpacked[: len(tile)]
+        packer.unpack(packed[at : at + packed_size(len(tile), ring_bits)], part)
+        np.add(tile, part, out=tile)
+
+
+def accumulate_statistics(acc_u64: UInt64Array, masked: bytes) -> None:
+    """Adds one participant's masked statistics to the accumulator, in place, modulo 2^64.
+
+    Raises:
+        EncodingError: ``masked`` is not 8 bytes per statistic; the accumulator is as it was.
+    """
+    if len(masked) != 8 * len(acc_u64):
+        raise EncodingError(f"{len(acc_u64)} statistics take {8 * len(acc_u64)} bytes, got {len(masked)}")
+    np.add(acc_u64, np.frombuffer(masked, "<u8"), out=acc_u64)
+
+
+def remove_masks(acc_u32: UInt32Array, keys: Sequence[SignedKey], start: int = 0) -> None:
+    """Takes keystreams off coordinates [start, start + len(acc_u32)) of the sum, in place, modulo 2^32.
+
+    Args:
+        acc_u32: That range of the accumulator (a slice, a memory map), so that processes can split the work.
+        keys: The masks as they stand in the sum: what was added there is subtracted here, and the reverse.
+        start: Coordinate of ``acc_u32[0]``.
+    """
+    add_keystreams_u32(acc_u32.view(np.ndarray), _inverted(keys), start)
+
+
+def remove_statistics_masks(acc_u64: UInt64Array, keys: Sequence[SignedKey]) -> None:
+    """The same for the statistics, modulo 2^64."""
+    add_keystreams_u64(acc_u64, _inverted(keys))
+
+
+def _inverted(keys: Sequence[SignedKey]) -> list[SignedKey]:
+    return [SignedKey(key.key, not key.negative) for key in keys]

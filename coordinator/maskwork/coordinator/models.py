@@ -1,0 +1,252 @@
+"""Models on disk: one file for each, named after the SHA-256 of its bytes.
+
+NOT here: what is inside the file (`maskwork.tensors` reads safetensors), and which models are needed (the store's rows
+say so; `sweep` is told).
+
+Rules
+1. `<digest>.safetensors` exists only complete: written under a temporary name in the same directory, fsynced, renamed,
+   the directory fsynced. Only after that does `put` return, and only then may a row refer to it (DESIGN section 6).
+2. Nothing is trusted for its name alone: `verify` hashes again.
+3. `sweep` never touches what this process is writing or has put: it cannot race the row that is about to refer to it.
+"""
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from types import TracebackType
+
+from maskwork.errors import StoreError
+
+_TEMPORARY = ".incoming-"
+_NAMED_BY_DIGEST = re.compile(r"([0-9a-f]{64})\.safetensors")
+
+
+class ModelDamaged(StoreError):
+    """A model file is missing, or its bytes are no longer those of its name."""
+
+
+class ModelTooLarge(ValueError):
+    """A model that somebody sent is larger than allowed; nothing of it was kept."""
+
+
+class IncomingModel:
+    """A model that arrives in chunks. Leaving the `with` block without `commit` leaves no trace of it."""
+
+    def __init__(self, store: "ModelStore", max_bytes: int) -> None:
+        self._store = store
+        self._max_bytes = max_bytes
+        self._hash = hashlib.sha256()
+        self._path = store._new_temporary()
+        self._size = 0
+        self._digest: bytes | None = None
+        with _world_failures(self._path):
+            self._file = self._path.open("xb")
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._size
+
+    def write(self, chunk: bytes | memoryview) -> None:
+        """Append one chunk.
+
+        Raises:
+            ModelTooLarge: If it would pass the bound; the chunk is not written.
+            StoreError: If the disk fails.
+        """
+        size = self._size + len(chunk)
+        if size > self._max_bytes:
+            raise ModelTooLarge(f"the model is larger than the {self._max_bytes} bytes allowed; send a smaller one")
+        with _world_failures(self._path):
+            self._file.write(chunk)
+        self._hash.update(chunk)
+        self._size = size
+
+    def commit(self) -> bytes:
+        """Make it durable under its digest, and return that (32 bytes)."""
+        if self._digest is not None:
+            raise RuntimeError("this model was committed before; a model is committed once")
+        with _world_failures(self._path):
+            self._file.close()
+        self._digest = self._hash.digest()
+        self._store._keep(self._path, self._digest)
+        return self._digest
+
+    def __enter__(self) -> "IncomingModel":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with _world_failures(self._path):
+            self._file.close()
+            self._path.unlink(missing_ok=True)
+        self._store._forget_temporary(self._path)
+
+
+class ModelStore:
+    """A directory of models named by their digests."""
+
+    def __init__(self, directory: str | Path) -> None:
+        """Open `directory`, creating it if it is missing.
+
+        Raises:
+            StoreError: If it cannot be created.
+        """
+        self.directory = Path(directory)
+        self._own: set[str] = set()  # names that this process has put or is writing; `sweep` leaves them
+        with _world_failures(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    def put(self, write: Callable[[Path], None]) -> bytes:
+        """Keep the file that `write` writes at the path it is given; returns its SHA-256, 32 bytes.
+
+        Raises:
+            StoreError: If the disk fails; nothing is kept.
+        """
+        temporary = self._new_temporary()
+        try:
+            with _world_failures(temporary):
+                write(temporary)
+                digest = _digest_of(temporary)
+            self._keep(temporary, digest)
+        finally:
+            with _world_failures(temporary):
+                temporary.unlink(missing_ok=True)
+            self._forget_temporary(temporary)
+        return digest
+
+    def put_file(self, source: str | Path) -> bytes:
+        """Keep a copy of `source`; returns its SHA-256, 32 bytes.
+
+        Raises:
+            StoreError: If it cannot be read, or the disk fails.
+        """
+        with _world_failures(source), Path(source).open("rb") as opened:
+            return self.put(lambda path: _copy(opened.fileno(), path))
+
+    def import_stream(self, chunks: Iterable[bytes], *, max_bytes: int) -> bytes:
+        """Keep a model that arrives in chunks; returns its SHA-256, 32 bytes.
+
+        Raises:
+            ModelTooLarge: If there is more than `max_bytes` of it; nothing is kept.
+            StoreError: If the disk fails; nothing is kept.
+        """
+        with self.incoming(max_bytes=max_bytes) as model:
+            for chunk in chunks:
+                model.write(chunk)
+            return model.commit()
+
+    def incoming(self, *, max_bytes: int) -> IncomingModel:
+        """Open a model to be written chunk by chunk, for callers that receive asynchronously."""
+        return IncomingModel(self, max_bytes)
+
+    def path(self, digest: bytes) -> Path:
+        """The file of a model.
+
+        Raises:
+            ModelDamaged: If there is none.
+        """
+        path = self._named(digest)
+        if not path.is_file():
+            raise ModelDamaged("is missing", file=path, remedy="Restore the models directory from a backup.")
+        return path
+
+    def verify(self, digest: bytes) -> Path:
+        """Hash the file of a model again and return its path.
+
+        Raises:
+            ModelDamaged: If it is missing, or its bytes are not those of its name.
+            StoreError: If it cannot be read.
+        """
+        path = self.path(digest)
+        with _world_failures(path):
+            found = _digest_of(path)
+        if found != digest:
+            remedy = "Restore it from a backup; participants would refuse it."
+            raise ModelDamaged(f"is damaged: its SHA-256 is {found.hex()}", file=path, remedy=remedy)
+        return path
+
+    def sweep(self, keep: Collection[bytes]) -> tuple[str, ...]:
+        """Delete what an earlier process left half-written, and models that nothing refers to.
+
+        Args:
+            keep: Digests of every model that a row refers to.
+
+        Returns:
+            The names of the files deleted, sorted. Files with names of other kinds stay.
+        """
+        kept = {digest.hex() for digest in keep}
+        deleted = []
+        with _world_failures(self.directory):
+            for name in sorted(os.listdir(self.directory)):
+                by_digest = _NAMED_BY_DIGEST.fullmatch(name)
+                unreferenced = by_digest is not None and by_digest[1] not in kept
+                if name not in self._own and (unreferenced or name.startswith(_TEMPORARY)):
+                    (self.directory / name).unlink(missing_ok=True)
+                    deleted.append(name)
+        return tuple(deleted)
+
+    def _named(self, digest: bytes) -> Path:
+        if len(digest) != 32:
+            raise RuntimeError(f"a model digest has 32 bytes, this one has {len(digest)}")
+        return self.directory / f"{digest.hex()}.safetensors"
+
+    def _new_temporary(self) -> Path:
+        path = self.directory / f"{_TEMPORARY}{secrets.token_hex(16)}"
+        self._own.add(path.name)
+        return path
+
+    def _forget_temporary(self, path: Path) -> None:
+        self._own.discard(path.name)
+
+    def _keep(self, temporary: Path, digest: bytes) -> None:
+        path = self._named(digest)
+        self._own.add(path.name)
+        with _world_failures(path):
+            fsync(temporary)
+            temporary.replace(path)  # also over an older copy: if that was damaged, it is whole again
+            fsync(self.directory)
+
+
+def fsync(path: str | Path) -> None:
+    """Return once the bytes of a file, or the names in a directory, are on the disk.
+
+    Raises:
+        OSError: If they may not be.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _copy(source: int, path: Path) -> None:
+    with open(source, "rb", closefd=False) as reader, path.open("xb") as writer:
+        shutil.copyfileobj(reader, writer, 1 << 20)
+
+
+def _digest_of(path: Path) -> bytes:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").digest()
+
+
+class _world_failures:  # noqa: N801  (a with-block, used as one)
+    """Turn an `OSError` into a `StoreError` that names the file."""
+
+    def __init__(self, file: str | Path) -> None:
+        self._file = file
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(value, OSError):
+            raise StoreError.from_cause(value, file=str(self._file)) from value

@@ -1,0 +1,136 @@
+"""Opening the participant's ledger, whatever version of this program wrote it last.
+
+The rest of the program sees an engine whose database is at the schema of `tables.py`, or a `StoreError` that names
+the file and the remedy. NOT here: what the rows mean (`ledger.py`).
+
+Rules
+1. A database is brought to `HEAD` in one transaction when it is opened: killed half-way, it is as it was before.
+2. SQLite runs in WAL mode with `synchronous=FULL`: a transaction that has returned survives a power cut.
+3. A database written by a newer program, or by another one, is refused untouched.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from maskwork.errors import StoreError
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+HEAD = "participant_0001"
+_MIGRATING = threading.Lock()  # alembic's `op` and `context` are proxies, one per process
+
+
+def open_engine(database: str, *, busy_timeout_s: float) -> Engine:
+    """Open a database and bring its schema up to date; a SQLite file is created if it is missing.
+
+    Args:
+        database: SQLAlchemy URL; a SQLite one must name a file.
+        busy_timeout_s: How long a transaction waits for another connection's, in seconds.
+
+    Raises:
+        StoreError: If it cannot be opened or written, or is of another program or a newer version.
+    """
+    url = _checked_url(database)
+    name = url.database or database
+    try:
+        engine = create_engine(url)
+    except (NoSuchModuleError, ImportError) as cause:
+        raise StoreError(f"no driver for it ({cause})", file=name, remedy="Install the database's driver.") from cause
+    if url.get_backend_name() == "sqlite":
+        _set_up_sqlite(engine, busy_timeout_s)
+    try:
+        with world_failures(name):
+            _upgrade(engine, name)
+    except BaseException:
+        engine.dispose()
+        raise
+    return engine
+
+
+@contextmanager
+def world_failures(file: str) -> Iterator[None]:
+    """Turn what the database driver reports into a `StoreError` that names `file`.
+
+    Raises:
+        StoreError: The world failed.
+        RuntimeError: A key was violated: the caller's fault, and rolled back.
+    """
+    try:
+        yield
+    except IntegrityError as caught:
+        raise RuntimeError(f"{file}: a record that contradicts those already kept ({caught.orig})") from caught
+    except DBAPIError as caught:
+        raise StoreError.from_cause(caught.orig or caught, file=file) from caught
+    except OSError as caught:
+        raise StoreError.from_cause(caught, file=file) from caught
+
+
+def _checked_url(database: str) -> URL:
+    try:
+        url = make_url(database)
+    except ArgumentError as cause:
+        remedy = "Write it as sqlite:////absolute/path/to/participant.sqlite."
+        raise StoreError("is not a database URL", file=database, remedy=remedy) from cause
+    if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+        remedy = "Name a file: what is kept in memory does not survive a restart."
+        raise StoreError("names no file", file=database, remedy=remedy)
+    return url
+
+
+def _set_up_sqlite(engine: Engine, busy_timeout_s: float) -> None:
+    def connected(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
+        connection.isolation_level = None  # BEGIN is ours to send: sqlite3's own comes after the first reads
+        cursor = connection.cursor()
+        for pragma in (
+            f"busy_timeout = {round(busy_timeout_s * 1000)}",
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            "foreign_keys = ON",
+        ):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    def begun(connection: Connection) -> None:
+        # A write takes the lock before its first read, so what it checked is still so when it writes.
+        reading = connection.get_execution_options().get("maskwork_reading", False)
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+    event.listen(engine, "connect", connected)
+    event.listen(engine, "begin", begun)
+
+
+def _upgrade(engine: Engine, name: str) -> None:
+    with engine.execution_options(maskwork_reading=True).connect() as connection:
+        if _revision(connection, name) == HEAD:
+            return  # without importing alembic, which takes longer than everything else here
+    from alembic import command
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    with _MIGRATING, engine.begin() as connection:
+        found = _revision(connection, name)
+        if found is not None and found not in known:
+            raise StoreError(
+                f"has schema {found!r}, which this program (schema {HEAD!r}) does not know",
+                file=name,
+                remedy="A newer version wrote it, or it is not a participant's: install that version, or name another.",
+            )
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def _revision(connection: Connection, name: str) -> str | None:
+    tables = inspect(connection).get_table_names()
+    if "alembic_version" in tables:
+        found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+        return found
+    if tables:
+        raise StoreError("holds another program's tables", file=name, remedy="Name another file for the participant.")
+    return None
