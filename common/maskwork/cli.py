@@ -20,9 +20,10 @@ from importlib.metadata import version as version_of
 from typing import TYPE_CHECKING, Annotated, Final, NoReturn, TypeGuard
 
 import typer
-from maskwork.errors import UserError
 from typer.core import TyperGroup
 from typer.main import get_command, get_group
+
+from maskwork.errors import UserError
 
 if TYPE_CHECKING:
     # Typer carries its click inside and does not give these types a public name.

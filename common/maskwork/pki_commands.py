@@ -13,6 +13,9 @@ from typing import Annotated, Final
 import typer
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from rich.console import Console
+from rich.text import Text
+
 from maskwork.net.authority import CA_CERTIFICATE_FILE, CA_DAYS, CA_KEY_FILE, LEAF_DAYS, Authority
 from maskwork.net.diagnosis import check_own_files
 from maskwork.net.identity import (
@@ -29,8 +32,6 @@ from maskwork.net.identity import (
     to_der,
 )
 from maskwork.net.names import named, utc_text
-from rich.console import Console
-from rich.text import Text
 
 app = typer.Typer(
     help="Make a federation's CA, issue certificates, look at them.", no_args_is_help=True, add_completion=False
@@ -177,8 +178,9 @@ def _judge_ca(certificate: x509.Certificate, file: Path, ca: Path | None, *, now
 
 
 def _judge_key(file: Path) -> None:
+    key_pem = read_identity_file(file)
     try:
-        load_pem_private_key(read_identity_file(file), password=None)
+        load_pem_private_key(key_pem, password=None)
     except (ValueError, TypeError):
         raise IdentityError(
             IdentityProblem.MALFORMED, f"{file}: not an unencrypted PEM private key: restore it, or issue a new pair"

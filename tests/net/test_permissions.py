@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+
 from maskwork.net.names import Role
 from maskwork.net.permissions import PERMISSIONS, allowed
 

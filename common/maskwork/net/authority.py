@@ -34,6 +34,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
 from maskwork.errors import UserError
 from maskwork.net.identity import Identity, IdentityFiles, Role, TrustRoots, load_certificate, read_identity_file
 from maskwork.net.names import shortened, utc_text
@@ -132,8 +133,9 @@ class Authority:
         cert_path, key_path = directory / CA_CERTIFICATE_FILE, directory / CA_KEY_FILE
         certificate = load_certificate(cert_path)
         TrustRoots([certificate], source=str(cert_path))
+        key_pem = read_identity_file(key_path)
         try:
-            key = load_pem_private_key(read_identity_file(key_path), password=None)
+            key = load_pem_private_key(key_pem, password=None)
         except (ValueError, TypeError):
             raise AuthorityError(f"{key_path} is not an unencrypted PEM private key") from None
         if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():

@@ -17,6 +17,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
 from maskwork.errors import UserError
 from maskwork.net.identity import (
     IdentityError,
@@ -126,6 +127,7 @@ def probe_server(files: IdentityFiles, target: str, *, timeout_s: float = PROBE_
         where = Target.parse(target)
         context = ssl.create_default_context(cafile=str(files.ca))
         context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.set_alpn_protocols(["h2"])  # gRPC closes connections that do not ask for HTTP/2
         context.load_cert_chain(files.cert, files.key)
         with (
             socket.create_connection((where.host, where.port), timeout=timeout_s) as plain,
@@ -168,8 +170,9 @@ def _tls_reason(error: ssl.SSLError) -> str:
 
 
 def _check_key(files: IdentityFiles, verified: VerifiedCertificate) -> None:
+    key_pem = read_identity_file(files.key)
     try:
-        key = load_pem_private_key(read_identity_file(files.key), password=None)
+        key = load_pem_private_key(key_pem, password=None)
     except (ValueError, TypeError):
         raise IdentityError(
             IdentityProblem.MALFORMED,

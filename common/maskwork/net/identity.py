@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, SignatureAlgorithmOID
+
 from maskwork.net.names import Identity, IdentityError, IdentityProblem, Role, malformed, named, shortened, utc_text
 
 __all__ = [
@@ -325,8 +326,9 @@ def load_certificate(path: Path) -> x509.Certificate:
     Raises:
         IdentityError: `UNREADABLE` or `MALFORMED`.
     """
+    pem = read_identity_file(path)
     try:
-        certificates = x509.load_pem_x509_certificates(read_identity_file(path))
+        certificates = x509.load_pem_x509_certificates(pem)
     except ValueError:
         raise malformed(f"{path} is not a PEM certificate: expected the cert.pem of `maskwork pki issue`") from None
     if len(certificates) != 1:

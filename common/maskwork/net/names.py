@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import Final
 
 from cryptography import x509
+
 from maskwork.errors import UserError
 
 MAX_LABEL_LENGTH: Final = 63

@@ -143,7 +143,7 @@ def step(state: State, event: Event, *, now: float) -> Step:
             if not isinstance(state, Masking):
                 raise IllegalEvent(f"an update was masked in state {type(state).__name__}")
             return Step(_uploading(state), (UploadUpdate(),))
-        case Advertisements() | DeliveredShares() | SurvivorSets() | SurvivorSignatures():
+        case Proposal() | Advertisements() | DeliveredShares() | SurvivorSets() | SurvivorSignatures():
             try:
                 return _receive(state, event, now)
             except CoordinatorError as error:
@@ -153,7 +153,7 @@ def step(state: State, event: Event, *, now: float) -> Step:
 
 
 def _receive(
-    state: State, message: Advertisements | DeliveredShares | SurvivorSets | SurvivorSignatures, now: float
+    state: State, message: Proposal | Advertisements | DeliveredShares | SurvivorSets | SurvivorSignatures, now: float
 ) -> Step:
     match state, message:
         case AdvertisedKeys(), Advertisements():
@@ -164,6 +164,8 @@ def _receive(
             return _sign_sets(state, message)
         case SignedSets(), SurvivorSignatures():
             return _unmask(state, message)
+        case AdvertisedKeys(session=session, sent=advertised), Proposal():
+            return _repeat(state, session.id, session_id(message.plan_bytes), advertised)
         case SharedKeys(request=asked, sent=answer), Advertisements():
             return _repeat(state, asked, message, answer)
         case ((Masking(request=asked) | Uploading(request=asked)), DeliveredShares()):
@@ -180,9 +182,7 @@ def _receive(
 
 def _repeat(state: State, asked: object, message: object, answer: ParticipantMessage | None) -> Step:
     if asked != message:
-        raise CoordinatorError(
-            AbortReason.EQUIVOCATION, f"a second, different {type(message).__name__} in state {type(state).__name__}"
-        )
+        raise CoordinatorError(AbortReason.EQUIVOCATION, f"a second, different request in {type(state).__name__}")
     return Step(state, () if answer is None else (Send(answer),))
 
 
@@ -199,8 +199,8 @@ def _uploading(state: Masking) -> Uploading:
 
 def _share_keys(state: AdvertisedKeys, message: Advertisements, now: float) -> Step:
     session, plan, own = state.session, state.session.plan, state.session.index
-    if own not in message.u1:
-        raise CoordinatorError(AbortReason.BAD_SETS, "U1 leaves this participant out")
+    if own not in message.u1 or not message.u1 <= frozenset(range(plan.cohort)):
+        raise CoordinatorError(AbortReason.BAD_SETS, "U1 is not within the roster, or leaves this participant out")
     advertised = dict(message.advertised)
     graph = _graph(state, message, advertised)
     expected = frozenset(graph.neighbours(own)) & message.u1
@@ -391,9 +391,9 @@ def _sign_sets(state: Uploading, sets: SurvivorSets) -> Step:
         )
     if plan.graph.kind is GraphKind.SPARSE:
         window = plan.graph.degree // 2
-        bound = graphs.window_bound(plan.cohort, corrupt=plan.graph.corrupt, window=window, sigma=GRAPH_SIGMA)
-        if graphs.cuts_ring(state.graph, sets.u3, bound):
-            raise CoordinatorError(AbortReason.RING_CUT, "the survivors leave a gap that corrupt members could fill")
+        bound = graphs.window_pair_bound(plan.cohort, corrupt=plan.graph.corrupt, window=window, sigma=GRAPH_SIGMA)
+        if graphs.parts_ring(state.graph, sets.u3, bound):
+            raise CoordinatorError(AbortReason.RING_CUT, "the survivors leave two gaps that corrupt members could fill")
     check_same_model(frozenset(plan.participants(sets.u3)), rules)
     message = ConsistencyCheck.signed_bytes(sets, plan.cohort, session=session.id, sender=session.index)
     sent = ConsistencyCheck(session.site.signer.sign(message))

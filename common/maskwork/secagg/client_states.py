@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from cryptography.hazmat.primitives.asymmetric import ec
+
 from maskwork.secagg.dealing import HeldShares
 from maskwork.secagg.errors import AbortReason
 from maskwork.secagg.graph import NeighbourGraph
@@ -23,6 +24,7 @@ from maskwork.secagg.messages import (
     DeliveredShares,
     Members,
     ParticipantMessage,
+    Proposal,
     SessionClosed,
     ShareKeys,
     SurvivorSets,
@@ -252,7 +254,14 @@ class LocalFailure:
 
 
 Event: TypeAlias = (
-    Advertisements | DeliveredShares | SurvivorSets | SurvivorSignatures | SessionClosed | UpdateMasked | LocalFailure
+    Proposal
+    | Advertisements
+    | DeliveredShares
+    | SurvivorSets
+    | SurvivorSignatures
+    | SessionClosed
+    | UpdateMasked
+    | LocalFailure
 )
 
 

@@ -21,19 +21,19 @@ Rules:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
 
 import numpy as np
+
 from maskwork.secagg.prg import KeystreamReader
 from maskwork.secagg.ring import (
     MAX_BITS,
     MIN_BITS,
     TILE,
     Int32Array,
-    UInt8Array,
     UInt32Array,
     UInt64Array,
     centre,
@@ -241,11 +241,9 @@ class TileEncoder:
         self._scaled, self._floor = scratch(room, np.float32), scratch(room, np.float32)
         self._words = scratch(room, np.uint32)
 
-    def tiles(self) -> Iterator[tuple[int, int]]:
+    def tiles(self) -> list[tuple[int, int]]:
         """The ranges to pass to :meth:`encode`, in order. Every start is a multiple of 8."""
-        if self._rotation is not None:
-            return pieces(self._length)
-        return ((start, min(start + TILE, self._length)) for start in range(0, self._length, TILE))
+        return _ranges(0, self._length, length=self._length, rotated=self._rotation is not None)
 
     def encode(self, tile: Float32Array, start: int, out: Int32Array) -> int:
         """Writes the integers of the tile that begins at ``start``; returns how many were clamped."""
@@ -341,8 +339,10 @@ def decode_sum(
     rotation_seed: bytes,
     total_weight: int,
     out_f32: Float32Array,
+    start: int = 0,
+    length: int | None = None,
 ) -> None:
-    """Turns the unmasked sum into the weighted mean of the clipped updates.
+    """Turns the unmasked sum, or a range of it, into the weighted mean of the clipped updates.
 
     Args:
         ring_sum_u32: uint32[d], the sum modulo 2^r (bits above r are ignored); left as it is.
@@ -350,27 +350,43 @@ def decode_sum(
         rotation_seed: The 32 public bytes used for encoding; not looked at without rotation.
         total_weight: Sum of the survivors' weights, from the statistics.
         out_f32: float32[d]; receives the mean.
+        start: Where this range begins in the whole vector, for processes that split the work.
+        length: Coordinates of the whole vector if this is a range of it. A range of a rotated vector begins and ends
+            at a multiple of the block length; the last one holds the last whole block and the tail.
 
     Raises:
-        ValueError: Lengths differ, or the total weight is not positive.
+        ValueError: Lengths differ, the total weight is not positive, or the range cannot be decoded alone.
     """
-    length = len(ring_sum_u32)
-    if out_f32.shape != ring_sum_u32.shape or ring_sum_u32.ndim != 1 or length == 0:
+    length = start + len(ring_sum_u32) if length is None else length
+    if out_f32.shape != ring_sum_u32.shape or ring_sum_u32.ndim != 1 or len(out_f32) == 0:
         raise ValueError(f"the sum has shape {ring_sum_u32.shape}, the mean {out_f32.shape}: need equal vectors")
     if total_weight <= 0:
         raise ValueError(f"the total weight must be positive, got {total_weight}")
     step = encoding.value_range(length) / encoding.scale * encoding.weight_cap / total_weight
     rotated = encoding.rotation is Rotation.HADAMARD
     rotation = BlockRotation(length, rotation_seed) if rotated else None
-    ranges = pieces(length) if rotated else ((a, min(a + TILE, length)) for a in range(0, length, TILE))
-    for start, stop in ranges:
-        tile = out_f32[start:stop]
+    for begin, end in _ranges(start, start + len(out_f32), length=length, rotated=rotated):
+        tile = out_f32[begin - start : end - start]
         centred = tile.view(np.int32)
-        centre(ring_sum_u32[start:stop], encoding.ring_bits, centred)
+        centre(ring_sum_u32[begin - start : end - start], encoding.ring_bits, centred)
         np.copyto(tile, centred, casting="unsafe")
         np.multiply(tile, np.float32(step), out=tile)
         if rotation is not None:
-            rotation.unrotate(tile, start)
+            rotation.unrotate(tile, begin)
+
+
+def _ranges(start: int, stop: int, *, length: int, rotated: bool) -> list[tuple[int, int]]:
+    if not 0 <= start < stop <= length:
+        raise ValueError(f"[{start}, {stop}) is not a range of a vector of {length} coordinates")
+    if not rotated:
+        return [(a, min(a + TILE, stop)) for a in range(start, stop, TILE)]
+    inside = [(a, b) for a, b in pieces(length) if a < stop and start < b]
+    if inside[0][0] != start or inside[-1][1] != stop:
+        raise ValueError(
+            f"[{start}, {stop}) cuts a block of a rotated vector of {length} coordinates: "
+            f"split at multiples of {block_length(length)} and leave the last whole block together with the tail"
+        )
+    return inside
 
 
 def encode_statistics(values: Sequence[float], bounds: Sequence[float], names: Sequence[str]) -> UInt64Array:
@@ -392,10 +408,10 @@ def encode_statistics(values: Sequence[float], bounds: Sequence[float], names: S
     encoded = np.zeros(len(values), np.uint64)
     for i, (value, bound, name) in enumerate(zip(values, bounds, names, strict=True)):
         if not math.isfinite(value):
-            raise EncodingError(f"statistic {name!r} (index {i}) is not finite")
+            raise EncodingError(f"statistic {name!r} (index {i}) is NaN or Inf")
         if abs(value) > bound:
             raise EncodingError(f"statistic {name!r} (index {i}) is beyond its bound {bound}")
-        encoded[i] = round(Fraction(value) * STATISTICS_SCALE) % (1 << 64)
+        encoded[i] = round(Fraction(float(value)) * STATISTICS_SCALE) % (1 << 64)
     return encoded
 
 
@@ -418,13 +434,3 @@ def decode_statistics(sum_u64: UInt64Array) -> list[float]:
     """The centred sums divided by 2^20: the nearest float of the exact quotient, one per statistic."""
     # int / int is correctly rounded in Python, and the representative is centred in exact arithmetic.
     return [((int(v) + (1 << 63)) % (1 << 64) - (1 << 63)) / STATISTICS_SCALE for v in sum_u64]
-
-
-def statistics_to_bytes(values: UInt64Array) -> bytes:
-    """Little-endian, eight bytes each."""
-    return values.astype("<u8").tobytes()
-
-
-def statistics_from_bytes(data: bytes | UInt8Array) -> UInt64Array:
-    """The inverse of :func:`statistics_to_bytes`."""
-    return np.frombuffer(data, "<u8").astype(np.uint64)

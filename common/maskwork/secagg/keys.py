@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
 from maskwork.secagg import prg
 from maskwork.secagg.sharing import SHARE_BYTES
 
@@ -40,6 +41,7 @@ CIPHERTEXT_BYTES = SHARE_PLAINTEXT_BYTES + 16
 COORDINATOR_INDEX = 0xFFFF_FFFF
 """The sender index in what the coordinator signs; no roster is that long."""
 
+_FIELD = (1 << 255) - 19
 _ZERO_NONCE = bytes(12)  # each AEAD key encrypts exactly one message, so the nonce need not vary
 
 
@@ -59,13 +61,18 @@ class ShareKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class PublicKey:
-    """An X25519 public key, 32 bytes as RFC 7748 encodes it."""
+    """An X25519 public key, 32 bytes as RFC 7748 encodes it.
+
+    RFC 7748 would take every 32 bytes; here a point has one encoding, so that two keys are equal when their bytes are.
+    """
 
     raw: bytes
 
     def __post_init__(self) -> None:
         if len(self.raw) != PUBLIC_KEY_BYTES:
             raise ValueError(f"an X25519 public key has {PUBLIC_KEY_BYTES} bytes, not {len(self.raw)}")
+        if int.from_bytes(self.raw, "little") >= _FIELD:
+            raise ValueError("an X25519 public key is not in canonical form")
 
 
 @dataclass(frozen=True, slots=True)

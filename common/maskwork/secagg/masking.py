@@ -17,9 +17,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from maskwork.secagg.encoding import Encoding, EncodingError, TileEncoder, check_weight, checked_norm
 from maskwork.secagg.prg import MaskStreams, SignedKey, add_keystreams_u32, add_keystreams_u64, check_key
-from maskwork.secagg.ring import TILE, BitPacker, UInt8Array, UInt32Array, UInt64Array, packed_size, scratch
+from maskwork.secagg.ring import (
+    TILE,
+    BitPacker,
+    UInt8Array,
+    UInt32Array,
+    UInt64Array,
+    check_vector,
+    packed_size,
+    scratch,
+)
 from maskwork.secagg.rotation import Float32Array
 
 
@@ -123,9 +133,10 @@ def accumulate(acc_u32: UInt32Array, packed_u8: UInt8Array, ring_bits: int) -> N
         ring_bits: r.
 
     Raises:
-        EncodingError: The lengths do not fit; the accumulator is as it was.
+        ValueError: Dtypes or lengths do not fit; the accumulator is as it was.
     """
     acc, packed = acc_u32.view(np.ndarray), packed_u8.view(np.ndarray)
+    check_vector("accumulator", acc, np.dtype(np.uint32))
     _check_packed(packed, len(acc), ring_bits)
     packer = BitPacker(ring_bits)
     unpacked = scratch(min(TILE, len(acc)), np.uint32)
@@ -143,6 +154,7 @@ def accumulate_statistics(acc_u64: UInt64Array, masked: bytes) -> None:
     Raises:
         EncodingError: ``masked`` is not 8 bytes per statistic; the accumulator is as it was.
     """
+    check_vector("accumulator", acc_u64, np.dtype(np.uint64))
     if len(masked) != 8 * len(acc_u64):
         raise EncodingError(f"{len(acc_u64)} statistics take {8 * len(acc_u64)} bytes, got {len(masked)}")
     np.add(acc_u64, np.frombuffer(masked, "<u8"), out=acc_u64)

@@ -258,6 +258,8 @@ class DeliveredShare:
             _exact(getattr(self, name), COMMITMENT_BYTES, name)
         _exact(self.signature, SIGNATURE_BYTES, "signature")
         _exact(self.ciphertext, CIPHERTEXT_BYTES, "ciphertext")
+        if not 0 < self.holders < 1 << 32:
+            raise MessageError("the number of holders is out of range")
         if len(self.proof) > 32:
             raise MessageError("a Merkle proof has at most 32 hashes")
         for sibling in self.proof:

@@ -257,7 +257,10 @@ def _check_graph(plan: RoundPlan) -> None:
     except ThresholdError as error:
         raise PlanError(str(error)) from error
     if g.kind is GraphKind.SPARSE:
-        found = sparse_parameters(plan.cohort, g.corrupt_permille, g.dropout_permille)
+        try:
+            found = sparse_parameters(plan.cohort, g.corrupt_permille, g.dropout_permille)
+        except graph.GraphError as error:
+            raise PlanError(str(error)) from error
         _require(
             (g.degree, g.threshold) == (found.degree, found.threshold),
             f"(k, t) = ({g.degree}, {g.threshold}) is not what the search gives: ({found.degree}, {found.threshold})",

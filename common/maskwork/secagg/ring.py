@@ -26,7 +26,7 @@ MAX_BITS = 32
 TILE = 1 << 16
 """Coordinates per tile: 256 KiB of uint32, so that a tile and its scratch stay in the L2 cache."""
 
-_CACHE_LINE = 64  # bytes
+CACHE_LINE = 64  # bytes
 _GROUP = 64  # coordinates; 64 * r bits are whole 64-bit words for every r
 
 UInt8Array = NDArray[np.uint8]
@@ -39,8 +39,8 @@ ScalarT = TypeVar("ScalarT", bound=np.generic)
 def scratch(count: int, dtype: type[ScalarT]) -> NDArray[ScalarT]:
     """A zeroed vector that starts on a cache line: wide loads that straddle two lines cost a quarter of the speed."""
     wanted = count * np.dtype(dtype).itemsize
-    raw = np.zeros(wanted + _CACHE_LINE, np.uint8)
-    skipped = -raw.ctypes.data % _CACHE_LINE
+    raw = np.zeros(wanted + CACHE_LINE, np.uint8)
+    skipped = -raw.ctypes.data % CACHE_LINE
     return raw[skipped : skipped + wanted].view(dtype)
 
 
@@ -131,8 +131,8 @@ class BitPacker:
         common = gcd(unit_bits, 64)
         self._group_units, self._group_words = 64 // common, unit_bits // common
         if unit_bits % 8:
-            self._columns = scratch(tile // 2, np.uint64)
-            self._words = scratch(tile * bits // 64, np.uint64)
+            self._by_unit = _column_scratch(self._group_units, tile // _GROUP * common // 2)
+            self._by_word = _column_scratch(self._group_words, tile // _GROUP * common // 2)
         else:
             self._unit = np.dtype(f"V{unit_bits // 8}")
             self._lane = np.dtype({"names": ["unit"], "formats": [self._unit], "itemsize": 8})
@@ -147,8 +147,8 @@ class BitPacker:
         Raises:
             ValueError: A length, dtype or layout does not fit.
         """
-        _check_vector("values", values, np.dtype(np.uint32))
-        _check_vector("packed", out, np.dtype(np.uint8))
+        check_vector("values", values, np.dtype(np.uint32))
+        check_vector("packed", out, np.dtype(np.uint8))
         self._check_lengths(len(values), len(out))
         for start in range(0, len(values), self._tile):
             tile = values[start : start + self._tile]
@@ -165,8 +165,8 @@ class BitPacker:
         Raises:
             ValueError: A length, dtype or layout does not fit.
         """
-        _check_vector("packed", packed, np.dtype(np.uint8))
-        _check_vector("out", out, np.dtype(np.uint32))
+        check_vector("packed", packed, np.dtype(np.uint8))
+        check_vector("out", out, np.dtype(np.uint32))
         self._check_lengths(len(out), len(packed))
         for start in range(0, len(out), self._tile):
             tile = out[start : start + self._tile]
@@ -239,9 +239,8 @@ class BitPacker:
 
     def _units_to_words(self, units: UInt64Array, out: UInt8Array) -> None:
         width, groups = 2 * self._bits, len(units) // self._group_units
-        by_position = self._columns[: len(units)].reshape(self._group_units, groups)
+        by_position, words = self._by_unit[:, :groups], self._by_word[:, :groups]
         by_position[...] = units.reshape(groups, self._group_units).T
-        words = self._words[: groups * self._group_words].reshape(self._group_words, groups)
         part = self._other[:groups]
         for j, word in enumerate(words):
             i = 64 * j // width
@@ -253,9 +252,8 @@ class BitPacker:
 
     def _words_to_units(self, packed: UInt8Array, units: UInt64Array) -> None:
         width, groups = 2 * self._bits, len(units) // self._group_units
-        words = self._words[: groups * self._group_words].reshape(self._group_words, groups)
+        by_position, words = self._by_unit[:, :groups], self._by_word[:, :groups]
         words[...] = packed.view(np.uint64).reshape(groups, self._group_words).T
-        by_position = self._columns[: len(units)].reshape(self._group_units, groups)
         part = self._other[:groups]
         for i, unit in enumerate(by_position):
             j, shift = divmod(width * i, 64)
@@ -266,6 +264,12 @@ class BitPacker:
         units.reshape(groups, self._group_units)[...] = by_position.T
 
 
-def _check_vector(name: str, array: NDArray[np.generic], dtype: np.dtype[np.generic]) -> None:
+def _column_scratch(columns: int, groups: int) -> UInt64Array:
+    """One contiguous row per column; rows are padded, or they would all fall into the same few cache sets."""
+    return scratch(columns * (groups + 8), np.uint64).reshape(columns, groups + 8)[:, :groups]
+
+
+def check_vector(name: str, array: NDArray[np.generic], dtype: np.dtype[np.generic]) -> None:
+    """Raises ValueError unless ``array`` is a contiguous vector of that dtype."""
     if array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
         raise ValueError(f"{name} must be a contiguous 1-d {dtype} array, got {array.ndim}-d {array.dtype}")

@@ -21,17 +21,23 @@ Source: Suresh, Yu, Kumar, McMahan, "Distributed Mean Estimation with Limited Co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
-from maskwork.secagg.prg import KEY_BYTES, KeystreamReader
 from numpy.typing import NDArray
+
+from maskwork.secagg.prg import KEY_BYTES, KeystreamReader
+from maskwork.secagg.ring import scratch
 
 SEED_BYTES = 2 * KEY_BYTES
 MAX_BLOCK = 1 << 16
 
 Float32Array = NDArray[np.float32]
 
+_BUFFER_ELEMENTS = 256
+# Rows of a power of two bytes would all fall into the same few cache sets when they are read column by column.
+_PADDING = 16
 _SIGN_BIT = np.uint32(0x80000000)
 
 
@@ -62,6 +68,7 @@ class BlockRotation:
         self._length = length
         self._seed = seed
         self._scratch = scratch(self._block, np.float32)
+        self._padded = scratch(self._block + _PADDING * 2 * math.isqrt(self._block), np.float32)
         self._words = scratch(self._block, np.uint32)
         self._signs: KeystreamReader | None = None
         self._signs_at = -1
@@ -116,29 +123,36 @@ class BlockRotation:
         size = len(block)
         low = 1 << ((size.bit_length() - 1) // 2)
         high = size // low
-        # Both halves of the index are transformed along the first axis of a matrix, where rows are long and every
-        # butterfly is one wide vector operation; the transposition between them is cheaper than short butterflies.
-        rows = _butterflies(block.reshape(high, low), self._scratch.reshape(high, low))
-        other = self._scratch if np.shares_memory(rows, block) else block
-        columns = other.reshape(low, high)
-        columns[...] = rows.T
-        free = rows.reshape(low, high)
-        result = _butterflies(columns, free)
-        spare = free if result is columns else columns
-        back = spare.reshape(high, low)
-        back[...] = result.T
-        np.multiply(back, np.float32(1 / np.sqrt(size)), out=block.reshape(high, low))
+        # Each half of the index is transformed along the first axis of a matrix, where every butterfly is one wide
+        # vector operation; the two transpositions are cheaper than butterflies between close neighbours.
+        with np.errstate():  # also brings the buffer size back
+            # numpy copies strided operands whose rows are shorter than its buffer: four times the time of the addition.
+            np.setbufsize(_BUFFER_ELEMENTS)
+            self._transform_rows(block.reshape(high, low), self._scratch.reshape(low, high))
+            self._transform_rows(self._scratch.reshape(low, high), block.reshape(high, low))
+        np.multiply(block, np.float32(1 / math.sqrt(size)), out=block)
+
+    def _transform_rows(self, source: Float32Array, out: Float32Array) -> None:
+        """Writes the transpose of the unnormalised transform along the first axis; ``source`` is overwritten."""
+        rows, columns = source.shape
+        padded = self._padded[: rows * (columns + _PADDING)].reshape(rows, -1)[:, :columns]
+        spare = out.reshape(rows, columns)
+        half = rows // 2
+        while half > 1:
+            _butterfly(source, spare, half)
+            source, spare = spare, source
+            half //= 2
+        if half:
+            _butterfly(source, padded, half)
+        else:
+            padded[...] = source
+        out[...] = padded.T
 
 
-def _butterflies(source: Float32Array, spare: Float32Array) -> Float32Array:
-    """Unnormalised transform along the first axis; returns whichever of the two matrices holds the result."""
+def _butterfly(source: Float32Array, target: Float32Array, half: int) -> None:
+    """One stage along the first axis: sums and differences of the rows that lie ``half`` rows apart."""
     rows, columns = source.shape
-    half = rows // 2
-    while half:
-        a = source.reshape(rows // (2 * half), 2, half * columns)
-        b = spare.reshape(a.shape)
-        np.add(a[:, 0], a[:, 1], out=b[:, 0])
-        np.subtract(a[:, 0], a[:, 1], out=b[:, 1])
-        source, spare = spare, source
-        half //= 2
-    return source
+    groups = rows // (2 * half)
+    a, b = source.reshape(groups, 2, half, columns), target.reshape(groups, 2, half, columns)
+    np.add(a[:, 0], a[:, 1], out=b[:, 0])
+    np.subtract(a[:, 0], a[:, 1], out=b[:, 1])

@@ -5,8 +5,8 @@ effects. One bad peer is dropped with an enumerated reason (`DropPeer`) and the 
 below the threshold it ends in `Aborted`.
 
 It does not: authenticate senders (mutual TLS and the service did; a sender is a roster index here), decode bytes,
-keep time (a `DeadlinePassed` event says so), hold uploads (the driver spools and adds them and reports
-`UploadCompleted`), or reconstruct anything (the `RemoveMasks` effect carries the job to a worker).
+keep time (a `DeadlinePassed` event says so), hold uploads (the driver spools them, reports `UploadCompleted` and
+adds those that an `AddUpdate` names), or reconstruct anything (the `RemoveMasks` effect carries the job to a worker).
 
 Rules it upholds:
   1. U1 ⊇ U2 ⊇ U3 are fixed one after the other and never change; one U3 is put to the participants in a session.
@@ -19,10 +19,12 @@ Sources: Bonawitz et al. CCS 2017, figure 4; Bell et al. CCS 2020, section 3.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import assert_never
 
 from cryptography.hazmat.primitives.asymmetric import ec
+
 from maskwork.secagg import graph as graphs
 from maskwork.secagg import keys
 from maskwork.secagg.dealing import leaves, open_held, revealed_matches
@@ -52,6 +54,7 @@ from maskwork.secagg.messages import (
 from maskwork.secagg.plan import neighbour_graph, session_id
 from maskwork.secagg.server_states import (
     Aborted,
+    AddUpdate,
     Cancelled,
     Collecting,
     CollectingKeys,
@@ -224,8 +227,9 @@ def _answer(
 
 def _uploaded(state: Collecting, sender: int) -> Step:
     if not isinstance(state, CollectingUpdates) or sender not in outstanding(state):
-        raise IllegalEvent(f"an upload of {sender} was completed in state {type(state).__name__}")
-    return _advance(replace(state, answers=state.answers | {sender}))
+        return Step(state)  # it finished after the stage did: not in U3, so not in the sum
+    following = _advance(replace(state, answers=state.answers | {sender}))
+    return Step(following.state, (AddUpdate(sender), *following.effects))
 
 
 def _reconnected(state: Collecting, sender: int) -> Step:
@@ -264,8 +268,10 @@ def _removing(state: RemovingMasks, event: Event) -> Step:
     match event:
         case MasksRemoved():
             phrase = "session complete: the sum was released"
-            closing = tuple(SendTo(i, SessionClosed(released=True, phrase=phrase)) for i in sorted(state.sets.u1))
-            return Step(Completed(state.session, state.sets.u3), closing)
+            closing = tuple(
+                SendTo(i, SessionClosed(released=True, phrase=phrase)) for i in sorted(state.gathered.sets.u1)
+            )
+            return Step(Completed(state.session, state.gathered.sets.u3), closing)
         case DealerConvicted(dealer, detail):
             evidence = RecordEvidence(dealer, DropReason.EQUIVOCATED_DEALER, None)
             return _abort(
@@ -310,7 +316,15 @@ def _enough(state: Collecting) -> bool:
         return False
     if isinstance(state, CollectingKeys):
         return len(answered) >= plan.graph.threshold if plan.graph.kind is GraphKind.COMPLETE else True
-    owners = state.sets.u2 if isinstance(state, CollectingSignatures | CollectingUnmask) else answered
+    match state:
+        case CollectingShares():
+            owners = answered  # they become U2
+        case CollectingUpdates():
+            owners = frozenset(state.dealings)
+        case CollectingSignatures() | CollectingUnmask():
+            owners = state.sets.u2
+        case _:
+            assert_never(state)
     return all(_holders(state, owner, answered) >= plan.graph.threshold for owner in owners)
 
 
@@ -323,7 +337,9 @@ def _close(state: Collecting) -> Step:
     following: Collecting
     match state:
         case CollectingKeys():
-            following = CollectingShares(state.session, _graph(state), state.answers, {}, state.lost, state.away)
+            following = CollectingShares(
+                state.session, _graph(state.session, state.answers), state.answers, {}, state.lost, state.away
+            )
         case CollectingShares():
             following = CollectingUpdates(
                 state.session, state.graph, state.advertised, state.answers, frozenset(), state.lost, state.away
@@ -347,7 +363,7 @@ def _close(state: Collecting) -> Step:
             )
             return Step(following, (PersistUnmask(), *_open(following)))
         case CollectingUnmask():
-            return Step(RemovingMasks(state.session, state.dealings, state.sets), (RemoveMasks(_unmasking_job(state)),))
+            return Step(RemovingMasks(state.session, state), (RemoveMasks(_unmasking_job(state)),))
         case _:
             assert_never(state)
     return Step(following, _open(following))
@@ -365,10 +381,37 @@ def resume(state: CollectingUnmask) -> Step:
     return Step(waiting, (StageOpened(waiting.stage, frozenset(state.signatures)),))
 
 
-def _graph(state: CollectingKeys) -> NeighbourGraph:
-    plan = state.session.plan
-    digests = [advertisement_digest(state.answers[i]) if i in state.answers else bytes(32) for i in range(plan.cohort)]
-    return neighbour_graph(plan, graphs.graph_seed(state.session.id, digests))
+def restore(
+    proposal: Proposal,
+    signing_keys: tuple[ec.EllipticCurvePublicKey, ...],
+    *,
+    advertised: Mapping[int, AdvertiseKeys],
+    dealings: Mapping[int, ShareKeys],
+    u3: Members,
+    signatures: Mapping[int, ConsistencyCheck],
+) -> CollectingUnmask:
+    """The state that `PersistUnmask` wrote down, for `resume`. No share has to be delivered any more: no proofs."""
+    session = Session(session_id(proposal.plan_bytes), proposal, signing_keys)
+    sets = SurvivorSets(frozenset(advertised), frozenset(dealings), u3)
+    return CollectingUnmask(
+        session,
+        _graph(session, advertised),
+        advertised,
+        {i: Dealing(message, ()) for i, message in dealings.items()},
+        sets,
+        signatures,
+        {},
+        frozenset(),
+        frozenset(),
+    )
+
+
+def _graph(session: Session, advertised: Mapping[int, AdvertiseKeys]) -> NeighbourGraph:
+    digests = [
+        advertisement_digest(advertised[i]) if i in advertised else graphs.ABSENT_DIGEST
+        for i in range(session.plan.cohort)
+    ]
+    return neighbour_graph(session.plan, graphs.graph_seed(session.id, digests))
 
 
 def _request(state: Collecting, recipient: int) -> CoordinatorMessage:
@@ -486,7 +529,7 @@ def _check_signature(session: Session, sets: SurvivorSets, sender: int, message:
 def _check_unmask(state: CollectingUnmask, sender: int, message: Unmask) -> None:
     sets = state.sets
     # u's own shares are its own on the complete graph; there N(u) plus u is everyone.
-    owners = [v for v in sorted(sets.u2) if sender in state.graph.holders(v)]
+    owners = [v for v in state.graph.holders(sender) if v in sets.u2]
     if [s.owner for s in message.shares] != owners:
         raise PeerError(DropReason.WRONG_SHARES, "the shares revealed are not one for each owner")
     for share in message.shares:

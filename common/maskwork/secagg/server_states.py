@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import TypeAlias
 
 from cryptography.hazmat.primitives.asymmetric import ec
+
 from maskwork.secagg.errors import AbortReason, DropReason
 from maskwork.secagg.graph import NeighbourGraph
 from maskwork.secagg.messages import (
@@ -140,8 +141,7 @@ class RemovingMasks:
     """Enough shares are in; a worker reconstructs and removes the masks."""
 
     session: Session
-    dealings: Mapping[int, Dealing]
-    sets: SurvivorSets
+    gathered: CollectingUnmask
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +191,7 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class UploadCompleted:
-    """A member's masked update is whole and has been added to the accumulator."""
+    """A member's masked update has arrived whole; its lengths are right."""
 
     sender: int
 
@@ -287,6 +287,13 @@ class StageOpened:
 
 
 @dataclass(frozen=True, slots=True)
+class AddUpdate:
+    """This member is in U3: add its upload to the accumulator. Every addition is finished before `PersistUnmask`."""
+
+    member: int
+
+
+@dataclass(frozen=True, slots=True)
 class PersistUnmask:
     """Make accumulator, sets and signatures durable; nothing after this may be sent before that is done."""
 
@@ -307,7 +314,7 @@ class RecordEvidence:
     accuser: int | None
 
 
-Effect: TypeAlias = SendTo | DropPeer | StageOpened | PersistUnmask | RemoveMasks | RecordEvidence
+Effect: TypeAlias = SendTo | DropPeer | StageOpened | AddUpdate | PersistUnmask | RemoveMasks | RecordEvidence
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,19 @@ _TEMPORARY = ".incoming-"
 _NAMED_BY_DIGEST = re.compile(r"([0-9a-f]{64})\.safetensors")
 
 
+def fsync(path: str | Path) -> None:
+    """Return once the bytes of a file, or the names in a directory, are on the disk.
+
+    Raises:
+        OSError: If they may not be.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class ModelDamaged(StoreError):
     """A model file is missing, or its bytes are no longer those of its name."""
 
@@ -91,18 +104,23 @@ class IncomingModel:
 class ModelStore:
     """A directory of models named by their digests."""
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, fsync: Callable[[Path], None] = fsync) -> None:
         """Open `directory`, creating it if it is missing.
+
+        Args:
+            directory: Where the models are.
+            fsync: Makes a file's bytes, or a directory's names, durable.
 
         Raises:
             StoreError: If it cannot be created.
         """
         self.directory = Path(directory)
+        self._fsync = fsync
         self._own: set[str] = set()  # names that this process has put or is writing; `sweep` leaves them
         with _world_failures(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
 
-    def put(self, write: Callable[[Path], None]) -> bytes:
+    def put(self, write: Callable[[Path], object]) -> bytes:
         """Keep the file that `write` writes at the path it is given; returns its SHA-256, 32 bytes.
 
         Raises:
@@ -208,22 +226,9 @@ class ModelStore:
         path = self._named(digest)
         self._own.add(path.name)
         with _world_failures(path):
-            fsync(temporary)
+            self._fsync(temporary)
             temporary.replace(path)  # also over an older copy: if that was damaged, it is whole again
-            fsync(self.directory)
-
-
-def fsync(path: str | Path) -> None:
-    """Return once the bytes of a file, or the names in a directory, are on the disk.
-
-    Raises:
-        OSError: If they may not be.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            self._fsync(self.directory)
 
 
 def _copy(source: int, path: Path) -> None:

@@ -21,6 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from sqlalchemy import Engine, make_url, select
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.orm import Session
+
 from maskwork.coordinator.migrations import open_engine, tables, world_failures
 from maskwork.coordinator.models import fsync
 from maskwork.coordinator.records import (
@@ -38,9 +42,6 @@ from maskwork.coordinator.records import (
     ResumeRecord,
 )
 from maskwork.errors import StoreError
-from sqlalchemy import Engine, make_url, select
-from sqlalchemy.exc import ArgumentError
-from sqlalchemy.orm import Session
 
 _DIGEST_BYTES = 32
 
@@ -183,6 +184,12 @@ class Store:
         with self._reading() as session:
             return tuple(row.record() for row in session.scalars(query))
 
+    def current_attempt(self, job_id: str) -> AttemptRecord | None:
+        """The attempt of a job that is open, or None. After a restart it is resumed or closed as abandoned."""
+        with self._reading() as session:
+            row = _open_attempt_of(session, job_id)
+            return None if row is None else row.record()
+
     def record_drop(self, drop: DropRecord) -> None:
         """Record that an attempt lost a participant. The first reason stands: a repeat changes nothing.
 
@@ -288,6 +295,17 @@ class Store:
         with self._reading() as session:
             row = session.scalar(query)
             return () if row is None else row.record().survivors
+
+    def referenced_models(self) -> frozenset[bytes]:
+        """Digests of every model that any row refers to: what `ModelStore.sweep` must keep."""
+        columns = (
+            tables.Job.initial_model,
+            tables.Job.current_model,
+            tables.Round.model,
+            tables.Release.base_model,
+        )
+        with self._reading() as session:
+            return frozenset(digest for column in columns for digest in session.scalars(select(column)))
 
     # Evidence
 

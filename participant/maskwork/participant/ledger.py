@@ -25,14 +25,15 @@ from itertools import combinations, groupby
 from pathlib import Path
 from types import TracebackType
 
-from maskwork.errors import StoreError
-from maskwork.participant.migrations import open_engine, tables, world_failures
 from sqlalchemy import URL, Engine, func, select
 from sqlalchemy.orm import Session
 
+from maskwork.errors import StoreError
+from maskwork.participant.migrations import open_engine, tables, world_failures
+
 DATABASE_NAME = "ledger.sqlite"
 LOCK_NAME = "agent.lock"
-REFUSED_PLANS_KEPT = 1000  # for each federation: enough to prove anything, and a coordinator cannot fill the disk
+REFUSED_PLANS_KEPT = 1000  # enough to prove anything, and a coordinator cannot fill the disk
 _DIGEST_BYTES = 32
 
 
@@ -78,19 +79,23 @@ class SignedPlan:
 class Ledger:
     """A site's state directory. Use `Ledger.open`, and `close` it, or use it as a context manager."""
 
-    def __init__(self, engine: Engine, *, file: Path, lock: int) -> None:
+    def __init__(self, engine: Engine, *, file: Path, lock: int, refused_plans_kept: int) -> None:
         self._engine = engine
         self._reading_engine = engine.execution_options(maskwork_reading=True)
         self._file = str(file)
         self._lock: int | None = lock
+        self._refused_plans_kept = refused_plans_kept
 
     @classmethod
-    def open(cls, directory: str | Path, *, busy_timeout_s: float = 5.0) -> "Ledger":
+    def open(
+        cls, directory: str | Path, *, busy_timeout_s: float = 5.0, refused_plans_kept: int = REFUSED_PLANS_KEPT
+    ) -> "Ledger":
         """Open the ledger in a state directory, creating or migrating it as needed.
 
         Args:
             directory: The agent's state directory; created for its user alone if missing.
             busy_timeout_s: How long a transaction waits for another one, in seconds.
+            refused_plans_kept: Most refused plans kept for each federation.
 
         Raises:
             StoreError: It cannot be opened or written, another agent has it, it is damaged or of a newer schema.
@@ -104,7 +109,7 @@ class Ledger:
         except BaseException:
             os.close(lock)
             raise
-        return cls(engine, file=file, lock=lock)
+        return cls(engine, file=file, lock=lock, refused_plans_kept=refused_plans_kept)
 
     def close(self) -> None:
         """Close the ledger and let another agent have the directory. Calling it again does nothing."""
@@ -178,7 +183,7 @@ class Ledger:
         """Keep a plan that was refused, once its signature has been verified.
 
         Returns:
-            Whether it is kept: False if `REFUSED_PLANS_KEPT` others of the federation are, or it was itself taken up.
+            Whether it is kept: False if as many others of the federation are as may be, or it was itself taken up.
 
         Raises:
             RuntimeError: If it does not say why it was refused.
@@ -191,7 +196,7 @@ class Ledger:
             if _find(session, refused, plan) is not None:
                 return True
             kept = session.scalar(select(func.count()).where(refused.federation == plan.federation)) or 0
-            if kept >= REFUSED_PLANS_KEPT or _find(session, accepted, plan) is not None:
+            if kept >= self._refused_plans_kept or _find(session, accepted, plan) is not None:
                 return False
             session.add(
                 refused(
@@ -307,9 +312,7 @@ class Ledger:
             mark = _mark(session, federation)
             if mark.revocation_number is not None and number < mark.revocation_number:
                 newest = mark.revocation_number
-                raise RuntimeError(
-                    f"federation {federation}: revocation list {number} is older than {newest} on record"
-                )
+                raise RuntimeError(f"federation {federation}: revocation list {number} is older than {newest}")
             mark.revocation_number = number
 
     def last_audit_head(self, federation: str) -> bytes | None:

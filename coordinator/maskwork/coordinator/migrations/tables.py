@@ -9,6 +9,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 
+from sqlalchemy import BigInteger, Float, ForeignKey, ForeignKeyConstraint, LargeBinary, String, Text, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
 from maskwork.coordinator.records import (
     AttemptOutcome,
     AttemptRecord,
@@ -20,8 +23,6 @@ from maskwork.coordinator.records import (
     ReleasedSet,
     ResumeRecord,
 )
-from sqlalchemy import BigInteger, Float, ForeignKey, ForeignKeyConstraint, LargeBinary, String, Text, UniqueConstraint
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
 class Base(DeclarativeBase):

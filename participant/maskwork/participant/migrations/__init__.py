@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from maskwork.errors import StoreError
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
 from sqlalchemy.pool import ConnectionPoolEntry
+
+from maskwork.errors import StoreError
 
 HEAD = "participant_0001"
 _MIGRATING = threading.Lock()  # alembic's `op` and `context` are proxies, one per process
@@ -83,7 +84,6 @@ def _checked_url(database: str) -> URL:
 
 def _set_up_sqlite(engine: Engine, busy_timeout_s: float) -> None:
     def connected(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
-        connection.isolation_level = None  # BEGIN is ours to send: sqlite3's own comes after the first reads
         cursor = connection.cursor()
         for pragma in (
             f"busy_timeout = {round(busy_timeout_s * 1000)}",
@@ -95,7 +95,8 @@ def _set_up_sqlite(engine: Engine, busy_timeout_s: float) -> None:
         cursor.close()
 
     def begun(connection: Connection) -> None:
-        # A write takes the lock before its first read, so what it checked is still so when it writes.
+        # sqlite3 by itself would begin after the first reads. A write takes the lock before them, so that what it
+        # checked is still so when it writes.
         reading = connection.get_execution_options().get("maskwork_reading", False)
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 

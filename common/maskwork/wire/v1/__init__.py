@@ -1,0 +1,1 @@
+"""Generated from protos/maskwork/wire/v1 by `make protos`. Do not edit."""

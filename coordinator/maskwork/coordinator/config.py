@@ -1,0 +1,56 @@
+"""The coordinator's configuration file: TOML, every key checked, unknown keys refused with the nearest known one."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from maskwork.errors import UserError
+from maskwork.job import Section, explain
+
+
+class CoordinatorConfig(Section):
+    """What `maskwork coordinator run` reads.
+
+    Attributes:
+        listen: address and port for participants, operators and researchers.
+        identity: directory with ca.pem, cert.pem and key.pem of this coordinator.
+        state: directory for the database, models and spooled uploads.
+        database: database URL; empty: SQLite in the state directory.
+        max_uploads: uploads admitted at a time.
+        max_downloads: downloads of models and certificates at a time.
+        max_model_bytes: largest model that may be submitted.
+        log_level: debug, info, warning or error.
+    """
+
+    listen: str = Field(default="0.0.0.0:8750", pattern=r"^.+:\d{1,5}$")
+    identity: Path
+    state: Path
+    database: str = ""
+    max_uploads: int = Field(default=8, ge=1, le=1024)
+    max_downloads: int = Field(default=16, ge=1, le=1024)
+    max_model_bytes: int = Field(default=16 << 30, ge=1)
+    log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
+
+    @property
+    def database_url(self) -> str:
+        """Where the tables are."""
+        return self.database or f"sqlite:///{self.state / 'coordinator.sqlite'}"
+
+
+def read_config(path: Path) -> CoordinatorConfig:
+    """Read and check a configuration file; paths in it are relative to it.
+
+    Raises:
+        UserError: unreadable, no TOML, or invalid; the text names the file and the key.
+    """
+    try:
+        config = CoordinatorConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a configuration file: {error}") from error
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, CoordinatorConfig)}") from error
+    base = path.parent
+    return config.model_copy(update={"identity": (base / config.identity), "state": (base / config.state)})

@@ -1,0 +1,58 @@
+"""A connected participant, as the driver sees it: who it is, and a bounded queue of what is to be sent to it.
+
+The service fills these in from the TLS connection and empties the queue; the driver decides what goes in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from maskwork.coordinator.rounds import PresentSite
+from maskwork.wire.v1 import federation_pb2
+
+OUTBOX_LIMIT = 64
+"""A session puts fewer than ten messages in a row to one participant; a reader that far behind is gone."""
+
+
+@dataclass(eq=False, slots=True)
+class Peer:
+    """One control stream of one participant.
+
+    Attributes:
+        site: name, fingerprint and tasks.
+        certificate: DER, as verified on this connection.
+        active_session: the session that the participant says it is still in; empty for none.
+    """
+
+    site: PresentSite
+    certificate: bytes = field(repr=False)
+    active_session: bytes = b""
+    _outbox: asyncio.Queue[federation_pb2.ConnectResponse | None] = field(
+        default_factory=lambda: asyncio.Queue(OUTBOX_LIMIT + 1), repr=False
+    )
+    _closed: bool = False
+
+    @property
+    def name(self) -> str:
+        """The participant's name."""
+        return self.site.name
+
+    def send(self, response: federation_pb2.ConnectResponse) -> None:
+        """Queue a message; a peer that does not read its messages is closed."""
+        if self._closed:
+            return
+        if self._outbox.qsize() >= OUTBOX_LIMIT:
+            self.close()
+            return
+        self._outbox.put_nowait(response)
+
+    def close(self) -> None:
+        """End the stream after what is queued already."""
+        if not self._closed:
+            self._closed = True
+            self._outbox.put_nowait(None)
+
+    async def next_response(self) -> federation_pb2.ConnectResponse | None:
+        """What to send next; None: end the stream."""
+        return await self._outbox.get()

@@ -1,0 +1,280 @@
+"""Where a job stands between sessions, as pure functions: whom to ask, when, with which plan, and what an abort means.
+
+`decide` says whether to open an attempt, to wait, or to give up; `build_plan` writes the plan; `after_abort` and
+`after_commit` move on. A session itself is `maskwork.secagg.server`'s; clocks, streams and tables are the driver's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+from maskwork.job import JobSpec
+from maskwork.metrics import statistic_specs
+from maskwork.secagg import graph as graphs
+from maskwork.secagg.encoding import Encoding, preset
+from maskwork.secagg.errors import AbortReason
+from maskwork.secagg.graph import GraphKind
+from maskwork.secagg.plan import (
+    COMPLETE_GRAPH_LIMIT,
+    GraphPlan,
+    PrivacyParameters,
+    RosterEntry,
+    RoundPlan,
+    StageDeadlines,
+    sparse_parameters,
+    survivors_digest,
+)
+
+FIRST_RETRY_S = 0.05
+LONGEST_RETRY_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class PresentSite:
+    """A connected participant: its name, its certificate's fingerprint, the tasks it is configured for."""
+
+    name: str
+    fingerprint: bytes
+    tasks: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class JobRun:
+    """A running job between two sessions.
+
+    Attributes:
+        job_id: the job, as plans name it.
+        spec: what was submitted.
+        round_number: the round being worked on.
+        attempt: the number that the next attempt at it will have.
+        model: digest of the model that the round starts from.
+        parameters: length of its flat vector.
+        previous_survivors: names of the survivors of the last committed round.
+        excluded: sites left out of this job, each with why.
+        failures: attempts at this round that came to nothing.
+        not_before: time before which no attempt is opened (seconds since the epoch).
+        ready_since: since when the minimum cohort has been there.
+    """
+
+    job_id: str
+    spec: JobSpec
+    round_number: int
+    attempt: int
+    model: bytes
+    parameters: int
+    previous_survivors: tuple[str, ...]
+    excluded: Mapping[str, str] = field(default_factory=dict)
+    failures: int = 0
+    not_before: float = 0.0
+    ready_since: float | None = None
+    last_abort: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAttempt:
+    """Open an attempt with these sites, in roster order."""
+
+    cohort: tuple[PresentSite, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing to do before `until` (None: until a site connects); `why` is for people."""
+
+    why: str
+    until: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """The job cannot go on."""
+
+    reason: str
+
+
+Decision: TypeAlias = OpenAttempt | Wait | GiveUp
+
+
+def decide(run: JobRun, present: Collection[PresentSite], *, now: float, rand: bytes) -> tuple[JobRun, Decision]:
+    """What to do with a job now.
+
+    Args:
+        run: where it stands.
+        present: every connected site.
+        now: seconds since the epoch.
+        rand: fresh bytes; they choose who takes part when more sites than wanted are there.
+    """
+    if run.failures >= run.spec.max_attempts:
+        return run, GiveUp(
+            f"round {run.round_number} failed {run.failures} times, the last one with {run.last_abort}; "
+            "nothing committed is lost: submit a job with the newest model (maskwork model export) to go on"
+        )
+    usable = _usable(run, present)
+    cohort = run.spec.cohort
+    if len(usable) < cohort.min_participants:
+        return replace(run, ready_since=None), Wait(_shortage(run, present, usable), None)
+    since = now if run.ready_since is None else run.ready_since
+    waiting = replace(run, ready_since=since)
+    if now < run.not_before:
+        return waiting, Wait(f"retrying round {run.round_number} after {run.last_abort}", run.not_before)
+    wanted = set(cohort.participants) or None
+    complete = wanted is not None and {s.name for s in usable} == wanted
+    if not complete and len(usable) < cohort.max_participants and now < since + cohort.wait_s:
+        return waiting, Wait(f"{len(usable)} sites are ready; waiting for more", since + cohort.wait_s)
+    chosen = sorted(usable, key=lambda s: hashlib.sha256(rand + s.name.encode()).digest())[: cohort.max_participants]
+    return waiting, OpenAttempt(tuple(sorted(chosen, key=lambda s: s.name)))
+
+
+def after_abort(run: JobRun, *, reason: AbortReason, excluded: Mapping[str, str], now: float) -> JobRun:
+    """The job after an attempt that came to nothing: a new attempt number, a pause that grows, the blamed left out."""
+    pause = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** min(run.failures, 20))
+    return replace(
+        run,
+        attempt=run.attempt + 1,
+        failures=run.failures + 1,
+        not_before=now + pause,
+        ready_since=None,
+        excluded={**run.excluded, **excluded},
+        last_abort=reason.value,
+    )
+
+
+def after_commit(run: JobRun, *, model: bytes, survivors: tuple[str, ...]) -> JobRun | None:
+    """The job at its next round; None when that was the last one."""
+    if run.round_number >= run.spec.rounds:
+        return None
+    return replace(
+        run,
+        round_number=run.round_number + 1,
+        attempt=1,
+        model=model,
+        previous_survivors=survivors,
+        failures=0,
+        not_before=0.0,
+        ready_since=None,
+        last_abort="",
+    )
+
+
+def exclude(run: JobRun, sites: Mapping[str, str]) -> JobRun:
+    """The job without some sites, each with why, until they connect anew."""
+    return replace(run, excluded={**run.excluded, **sites})
+
+
+def readmit(run: JobRun, site: str) -> JobRun:
+    """A site that declined or was dropped is asked again after it has connected anew: its operator may have acted."""
+    return replace(run, excluded={name: why for name, why in run.excluded.items() if name != site})
+
+
+def build_plan(
+    run: JobRun,
+    cohort: tuple[PresentSite, ...],
+    *,
+    federation: str,
+    nonce: bytes,
+    training_digest: bytes,
+    audit_head: bytes = bytes(32),
+) -> RoundPlan:
+    """The plan of the next attempt.
+
+    Args:
+        run: the job.
+        cohort: who takes part, in roster order.
+        federation: its name.
+        nonce: 16 fresh bytes.
+        training_digest: SHA-256 of the training config's canonical JSON.
+        audit_head: head of the coordinator's audit chain; zeros until there is one.
+
+    Raises:
+        PlanError, EncodingParameterError: the job asks for something that cannot be (too many bits for the cohort).
+    """
+    spec = run.spec
+    return RoundPlan(
+        federation=federation,
+        job=run.job_id,
+        task=spec.task,
+        round_number=run.round_number,
+        rounds_total=spec.rounds,
+        attempt=run.attempt,
+        nonce=nonce,
+        model_digest=run.model,
+        parameters=run.parameters,
+        training_digest=training_digest,
+        roster=tuple(RosterEntry(s.name, s.fingerprint) for s in cohort),
+        graph=_graph(spec, len(cohort)),
+        min_survivors=spec.cohort.min_survivors,
+        encoding=_encoding(spec, len(cohort)),
+        statistics=statistic_specs(spec.metrics, spec.encoding.weight_cap),
+        privacy=PrivacyParameters(),
+        revocation_digest=bytes(32),
+        revocation_number=0,
+        audit_head=audit_head,
+        previous_survivors=survivors_digest(run.previous_survivors),
+        deadlines=_deadlines(spec),
+    )
+
+
+def _usable(run: JobRun, present: Collection[PresentSite]) -> list[PresentSite]:
+    wanted = set(run.spec.cohort.participants)
+    return [
+        site
+        for site in present
+        if site.name not in run.excluded and run.spec.task in site.tasks and (not wanted or site.name in wanted)
+    ]
+
+
+def _shortage(run: JobRun, present: Collection[PresentSite], usable: list[PresentSite]) -> str:
+    parts = [f"{len(usable)} of the {run.spec.cohort.min_participants} sites needed are ready"]
+    without = sorted(s.name for s in present if run.spec.task not in s.tasks)
+    if without:
+        parts.append(f"not configured for task {run.spec.task}: {', '.join(without)}")
+    parts.extend(f"{name}: {why}" for name, why in sorted(run.excluded.items()))
+    missing = sorted(set(run.spec.cohort.participants) - {s.name for s in present})
+    if missing:
+        parts.append(f"not connected: {', '.join(missing)}")
+    return "; ".join(parts)
+
+
+def _graph(spec: JobSpec, members: int) -> GraphPlan:
+    if spec.cohort.graph == "complete" or members <= COMPLETE_GRAPH_LIMIT:
+        threshold = graphs.complete_threshold(members)
+        # As many colluders as the threshold bears (2t > n + c), but never so many that all others must survive.
+        colluders = min(2 * threshold - members - 1, members - 2)
+        return GraphPlan(GraphKind.COMPLETE, members - 1, threshold, colluders)
+    corrupt, dropout = spec.cohort.corrupt_permille, spec.cohort.dropout_permille
+    found = sparse_parameters(members, corrupt, dropout)
+    colluders = 2 * found.threshold - found.degree - 1
+    return GraphPlan(GraphKind.SPARSE, found.degree, found.threshold, colluders, corrupt, dropout)
+
+
+def _encoding(spec: JobSpec, members: int) -> Encoding:
+    chosen = preset(
+        spec.encoding.preset,
+        cohort=members,
+        clip_norm=spec.encoding.clip_norm,
+        weight_cap=spec.encoding.weight_cap,
+    )
+    if spec.encoding.value_bits is None:
+        return chosen
+    bits = spec.encoding.value_bits
+    return replace(chosen, value_bits=bits, ring_bits=bits + math.ceil(math.log2(members)))
+
+
+def _deadlines(spec: JobSpec) -> StageDeadlines:
+    d = spec.deadlines
+    return StageDeadlines(
+        *(
+            max(1, round(1000 * seconds))
+            for seconds in (
+                d.advertise_keys_s,
+                d.share_keys_s,
+                d.masked_update_s,
+                d.consistency_check_s,
+                d.unmask_s,
+            )
+        )
+    )

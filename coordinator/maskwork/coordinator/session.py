@@ -1,0 +1,161 @@
+"""One open session at run time: the protocol's state, and what the driver holds beside it (files, timers, clocks).
+
+It performs nothing by itself. It lives from the moment an attempt is recorded to the moment it is committed or closed;
+nothing of it is used in another session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from maskwork.coordinator.aggregation import SessionShape
+from maskwork.coordinator.spool import Spool, UploadSlots
+from maskwork.secagg.errors import DropReason
+from maskwork.secagg.plan import RoundPlan
+from maskwork.secagg.server_states import CollectingUnmask, RemovingMasks, Session, Stage, State
+from maskwork.wire.codec import OpenSession, Transcript, UploadGrant, encode_certificates
+
+KEPT_OUT_UNTIL_RECONNECT = frozenset(DropReason) - {DropReason.DEADLINE, DropReason.DISCONNECTED, DropReason.WITHDREW}
+"""Reasons that would repeat at the next attempt: a site dropped for one of them is asked again when it reconnects."""
+
+
+@dataclass(eq=False, slots=True)
+class ActiveSession:
+    """What belongs to one attempt.
+
+    Attributes:
+        job_id: its job.
+        core: the session as the protocol knows it.
+        state: where the protocol stands.
+        folder: accumulator and spools; deleted at the end.
+        certificates: DER, in roster order.
+        training_config: canonical JSON, as sent.
+        model_size: bytes of the global model's file.
+        slots: who may upload.
+    """
+
+    job_id: str
+    core: Session
+    state: State
+    folder: Path
+    certificates: tuple[bytes, ...] = field(repr=False)
+    training_config: bytes = field(repr=False)
+    model_size: int
+    slots: UploadSlots
+    opened_at: float
+    spools: dict[int, Spool] = field(default_factory=dict)
+    additions: list[asyncio.Task[None]] = field(default_factory=list)
+    excluded: dict[str, str] = field(default_factory=dict)
+    stage: Stage | None = None
+    stage_since: float = 0.0
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    uplink_bytes: int = 0
+    timers: dict[object, asyncio.TimerHandle] = field(default_factory=dict)
+
+    @property
+    def id(self) -> bytes:
+        """The session id."""
+        return self.core.id
+
+    @property
+    def plan(self) -> RoundPlan:
+        """The plan."""
+        return self.core.plan
+
+    @property
+    def accumulator(self) -> Path:
+        """The file with the running sum."""
+        return self.folder / "accumulator"
+
+    @property
+    def shape(self) -> SessionShape:
+        """Lengths of the vectors."""
+        return shape_of(self.plan)
+
+    @property
+    def certificate_bundle(self) -> bytes:
+        """The roster's certificates as they are downloaded."""
+        return encode_certificates(self.certificates)
+
+    def index_of(self, participant: str, fingerprint: bytes) -> int | None:
+        """The roster index of a connected participant, by name and certificate."""
+        return self.plan.index_of(participant, fingerprint)
+
+    def name(self, index: int) -> str:
+        """The name at a roster index."""
+        return self.plan.roster[index].participant
+
+    def names(self, members: frozenset[int]) -> tuple[str, ...]:
+        """Names of a set of members, in roster order."""
+        return self.plan.participants(members)
+
+    def spool(self, index: int) -> Spool:
+        """The member's upload, made at the first use."""
+        if index not in self.spools:
+            self.spools[index] = Spool(self.folder / f"upload-{index}", self.shape)
+        return self.spools[index]
+
+    def grant(self, index: int) -> UploadGrant:
+        """The grant for a member: where its upload goes on."""
+        return UploadGrant(*self.spool(index).offsets)
+
+    def opening(self) -> OpenSession:
+        """The proposal as it goes to every member."""
+        bundle = self.certificate_bundle
+        return OpenSession(
+            self.core.proposal, self.training_config, self.model_size, hashlib.sha256(bundle).digest(), len(bundle)
+        )
+
+    def enter_stage(self, stage: Stage | None, now: float) -> None:
+        """Close the books of the stage before."""
+        if self.stage is not None:
+            self.stage_seconds[self.stage.value] = now - self.stage_since
+        self.stage, self.stage_since = stage, now
+
+    def transcript(self) -> Transcript:
+        """What is known of the session so far, signed by those whom it concerns."""
+        state = self.state.gathered if isinstance(self.state, RemovingMasks) else self.state
+        dealings = getattr(state, "dealings", {})
+        unmask = state if isinstance(state, CollectingUnmask) else None
+        return Transcript(
+            self.core.proposal.plan_bytes,
+            self.core.proposal.signature,
+            self.certificates,
+            dict(getattr(state, "advertised", {})),
+            {i: dealing.message for i, dealing in dealings.items()},
+            frozenset() if unmask is None else unmask.sets.u3,
+            {} if unmask is None else dict(unmask.signatures),
+            {} if unmask is None else dict(unmask.answers),
+        )
+
+    def cancel_timers(self) -> None:
+        """Stop every timer."""
+        for timer in self.timers.values():
+            timer.cancel()
+        self.timers.clear()
+
+
+def shape_of(plan: RoundPlan) -> SessionShape:
+    """Lengths of a plan's vectors."""
+    return SessionShape(plan.parameters, plan.encoding.ring_bits, len(plan.statistics))
+
+
+def deadline_s(plan: RoundPlan, stage: Stage) -> float:
+    """How long a stage may take, in seconds."""
+    by_stage: Mapping[Stage, int] = {
+        Stage.ADVERTISE_KEYS: plan.deadlines.advertise_keys_ms,
+        Stage.SHARE_KEYS: plan.deadlines.share_keys_ms,
+        Stage.MASKED_UPDATE: plan.deadlines.masked_update_ms,
+        Stage.CONSISTENCY_CHECK: plan.deadlines.consistency_check_ms,
+        Stage.UNMASK: plan.deadlines.unmask_ms,
+    }
+    return by_stage[stage] / 1000
+
+
+def members_lost(state: State) -> frozenset[int]:
+    """Members that the session has given up on."""
+    return getattr(state, "lost", frozenset())
