@@ -20,6 +20,7 @@ from maskwork.errors import UserError
 from maskwork.task import TrainingConfig
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
+MetricName = Annotated[str, Field(pattern=r"^(train|eval)\.[a-z][a-z0-9_]{0,40}$")]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
 
 
@@ -101,7 +102,6 @@ class JobSpec(Section):
         name: what people call it.
         task: the name under which sites have configured the code for it.
         rounds: rounds to commit.
-        seed: from it, the round and its own name each site derives its training seed.
         max_attempts: attempts at one round before the job is called failed.
         training: handed to the sites' task; its digest is in every plan.
         metrics: the largest absolute value, per example, that each metric can take ("train.loss", "eval.accuracy").
@@ -113,10 +113,11 @@ class JobSpec(Section):
     name: Name
     task: Name
     rounds: int = Field(ge=1, le=1_000_000)
-    seed: int = Field(default=0, ge=0, lt=2**63)
     max_attempts: int = Field(default=20, ge=1, le=1_000_000)
     training: TrainingConfig = TrainingConfig()
-    metrics: dict[Annotated[str, Field(pattern=r"^(train|eval)\.[a-z][a-z0-9_]{0,40}$")], Annotated[float, Field(gt=0)]] = {
+    metrics: dict[
+        Annotated[str, Field(pattern=r"^(train|eval)\.[a-z][a-z0-9_]{0,40}$")], Annotated[float, Field(gt=0)]
+    ] = {
         "train.loss": 1000.0,
         "eval.loss": 1000.0,
         "eval.accuracy": 1.0,

@@ -10,7 +10,7 @@ the agent can name a job's `TrainingConfig` without it.
 Rules it upholds:
 
 1. `TrainingConfig` has one canonical form; its SHA-256 is what a plan carries.
-2. Nothing that a task measures leaves the site in clear: `statistics_of` yields weighted sums, which are masked.
+2. What a task measures is checked here before anything is made of it; it leaves the site only within masked sums.
 3. What is wrong with a site's task is told by name, with what to do.
 """
 
@@ -32,11 +32,6 @@ from maskwork.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-EXAMPLES: Final = "examples"
-"""The statistic that every plan has first: n_i, the examples trained on, which is the weight of the update."""
-EVALUATION_EXAMPLES: Final = "evaluation.examples"
-TRAINING_PREFIX: Final = "training."
-EVALUATION_PREFIX: Final = "evaluation."
 MAX_CONFIG_BYTES: Final = 4096
 
 
@@ -177,48 +172,29 @@ class Task(abc.ABC):
         """Measure `model` on the site's held-out data; it is in evaluation mode, and no gradients are recorded."""
 
 
-def statistics_of(trained: TrainingResult, evaluated: EvaluationResult) -> dict[str, float]:
-    """The numbers that this site adds to the masked statistics, by the names that plans use.
+def checked_metrics(what: str, result: TrainingResult | EvaluationResult, *, least: int) -> dict[str, float]:
+    """The metrics of a result as plain floats.
 
-    ``examples`` is n_i and ``evaluation.examples`` m_i, the number of held-out examples. ``training.X`` is n_i times
-    the metric X of training, ``evaluation.X`` is m_i times the metric X of evaluation. Sums over participants divided
-    by the sums of the counts are the means over all examples (`mean_metrics`).
+    Args:
+        what: "training" or "evaluation", for the error.
+        result: As a site's task returned it, so nothing of it is taken for granted.
+        least: The fewest examples that make sense.
 
     Raises:
-        TrainingError: A count is not a natural number, no example was trained on, or a metric is not finite.
+        TrainingError: The count is not a whole number from `least`, or a metric is not a finite number.
     """
-    _check_result("training", trained.examples, trained.metrics, least=1)
-    _check_result("evaluation", evaluated.examples, evaluated.metrics, least=0)
-    statistics = {EXAMPLES: float(trained.examples)}
-    statistics |= {TRAINING_PREFIX + name: trained.examples * value for name, value in trained.metrics.items()}
-    statistics[EVALUATION_EXAMPLES] = float(evaluated.examples)
-    statistics |= {EVALUATION_PREFIX + name: evaluated.examples * value for name, value in evaluated.metrics.items()}
-    return statistics
-
-
-def mean_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means over all examples from the unmasked sums of `statistics_of`, by the same names, without the counts.
-
-    A metric whose count is zero (nobody evaluated) is left out.
-    """
-    means: dict[str, float] = {}
-    for name, total in sums.items():
-        if name in (EXAMPLES, EVALUATION_EXAMPLES):
-            continue
-        count = sums.get(EVALUATION_EXAMPLES if name.startswith(EVALUATION_PREFIX) else EXAMPLES, 0.0)
-        if count > 0:
-            means[name] = total / count
-    return means
-
-
-def _check_result(what: str, examples: int, metrics: Mapping[str, object], *, least: int) -> None:
+    examples: object = result.examples
     if type(examples) is not int or examples < least:
         raise TrainingError(f"{what} reported {examples!r} examples: expected a whole number, {least} or more")
-    for name, value in metrics.items():
-        if name == EXAMPLES:
-            raise TrainingError(f"{what} reported a metric named {name!r}, which is the name of the count: rename it")
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise TrainingError(f"{what} reported the metric {name!r} as {value!r}: expected a finite number")
+    metrics: dict[str, float] = {}
+    for name, value in result.metrics.items():
+        try:
+            metrics[name] = float(value)  # also of a numpy or torch scalar
+        except (TypeError, ValueError):
+            raise TrainingError(f"{what} reported no number as the metric {name!r}, but {type(value)}") from None
+        if not math.isfinite(metrics[name]):
+            raise TrainingError(f"{what} reported {metrics[name]} as the metric {name!r}: lower the learning rate?")
+    return metrics
 
 
 def training_seed(site_seed: int, *, job: str, round_number: int, participant: str) -> int:

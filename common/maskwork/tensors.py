@@ -42,11 +42,11 @@ MAX_HEADER_BYTES: Final = 16 << 20
 MAX_RANK: Final = 16
 MAX_NAME_BYTES: Final = 1024
 
-ITEM_BYTES: Final[Mapping[str, int]] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""The dtypes that can be federated, by their names in safetensors."""
+ITEM_BYTES: Final[Mapping[str, int]] = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+"""The dtypes that can be federated, by their names in safetensors, in the order in which they lie in a file."""
 
 _NOT_AVERAGED: Final = frozenset(("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"))
-_MAX_DIMENSION: Final = 1 << 48
+_MAX_SIZE: Final = 1 << 48
 _TILE: Final = 1 << 18  # coordinates converted at a time: 1 MiB of float32, so that no tensor is held twice
 _METADATA: Final = "__metadata__"
 
@@ -79,7 +79,7 @@ class TensorSpec:
             )
         if self.dtype not in ITEM_BYTES:
             raise ValueError(f"tensor {self.name!r} has dtype {self.dtype!r}, expected one of {', '.join(ITEM_BYTES)}")
-        if len(self.shape) > MAX_RANK or any(not 0 <= n < _MAX_DIMENSION for n in self.shape):
+        if len(self.shape) > MAX_RANK or min(self.shape, default=0) < 0 or self.size >= _MAX_SIZE:
             raise ValueError(f"tensor {self.name!r} has an impossible shape")
         if self.name == _METADATA or not 0 < len(_utf8(self.name)) <= MAX_NAME_BYTES:
             raise ValueError(f"a tensor cannot be named {self.name[:80]!r}")
@@ -95,7 +95,7 @@ class TensorSpec:
         return self.size * ITEM_BYTES[self.dtype]
 
     def __str__(self) -> str:
-        return f"{self.name} {self.dtype}{list(self.shape)}"
+        return f"{self.name!r} {self.dtype}{list(self.shape)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,7 +378,8 @@ def _check_placing(placed: Iterable[tuple[TensorSpec, int, int]], *, data_bytes:
 
 def _layout(schema: Schema) -> list[tuple[TensorSpec, int, int]]:
     # Wide items first, as the safetensors package does: every tensor is then aligned for whoever maps the file.
-    return sorted(schema.spans(), key=lambda span: (-ITEM_BYTES[span[0].dtype], span[0].name))
+    order = list(ITEM_BYTES)
+    return sorted(schema.spans(), key=lambda span: (order.index(span[0].dtype), span[0].name))
 
 
 def _header_bytes(schema: Schema, metadata: Mapping[str, str]) -> bytes:

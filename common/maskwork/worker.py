@@ -16,6 +16,7 @@ Rules it upholds:
 """
 
 import asyncio
+import atexit
 import multiprocessing
 import os
 import signal
@@ -205,6 +206,7 @@ class _Child:
     def release(self) -> str:
         """The same without an event loop: blocks until the process is gone."""
         self.process.join()
+        atexit.unregister(self.process.kill)
         ending = _ending(self.process.exitcode)
         self.process.close()
         self._pipe.close()
@@ -217,13 +219,16 @@ def _start(name: str, preload: Sequence[str]) -> _Child:
     context.set_forkserver_preload(list(preload))
     here, there = context.Pipe()
     try:
-        process = context.Process(target=_serve, args=(there,), name=f"maskwork-{name}", daemon=True)
+        process = context.Process(target=_serve, args=(there,), name=f"maskwork-{name}")
         process.start()
     except BaseException:
         here.close()
         raise
     finally:
         there.close()  # the worker's own copy is then the last: its end is the end of the pipe
+    # Not a daemon of multiprocessing, which could have no children of its own (a data loader's); so the interpreter
+    # would wait for it when it exits, and what is registered last runs first.
+    atexit.register(process.kill)
     return _Child(process, here)
 
 

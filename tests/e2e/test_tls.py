@@ -34,8 +34,8 @@ pytestmark = pytest.mark.e2e
 
 PATIENCE_S = 10.0
 DAY = 86400.0
-CONNECT = "/maskwork.wire.v1.Federation/Connect"
-LIST_JOBS = "/maskwork.wire.v1.Jobs/ListJobs"
+CONNECT = "/maskwork.wire.v1.FederationService/Connect"
+LIST_JOBS = "/maskwork.wire.v1.JobService/ListJobs"
 EMPTY_SETTINGS_FRAME = bytes.fromhex("000000040000000000")
 UNARY = grpc.unary_unary_rpc_method_handler
 

@@ -9,24 +9,24 @@ from maskwork.net.permissions import PERMISSIONS, allowed
 
 #                                                        coordinator participant operator researcher auditor
 TABLE = """
-/maskwork.wire.v1.Federation/Connect                            -           x        -         -        -
-/maskwork.wire.v1.Federation/Upload                             -           x        -         -        -
-/maskwork.wire.v1.Federation/Download                           -           x        -         -        -
-/maskwork.wire.v1.Jobs/SubmitJob                                -           -        x         x        -
-/maskwork.wire.v1.Jobs/AbortJob                                 -           -        x         x        -
-/maskwork.wire.v1.Jobs/ListJobs                                 -           -        x         x        x
-/maskwork.wire.v1.Jobs/GetJob                                   -           -        x         x        x
-/maskwork.wire.v1.Jobs/WatchJob                                 -           -        x         x        x
-/maskwork.wire.v1.Jobs/ExportModel                              -           -        x         x        -
+/maskwork.wire.v1.FederationService/Connect                            -           x        -         -        -
+/maskwork.wire.v1.FederationService/Upload                             -           x        -         -        -
+/maskwork.wire.v1.FederationService/Download                           -           x        -         -        -
+/maskwork.wire.v1.JobService/SubmitJob                                -           -        x         x        -
+/maskwork.wire.v1.JobService/AbortJob                                 -           -        x         x        -
+/maskwork.wire.v1.JobService/ListJobs                                 -           -        x         x        x
+/maskwork.wire.v1.JobService/GetJob                                   -           -        x         x        x
+/maskwork.wire.v1.JobService/WatchJob                                 -           -        x         x        x
+/maskwork.wire.v1.JobService/ExportModel                              -           -        x         x        -
 /grpc.health.v1.Health/Check                                    x           x        x         x        x
 /grpc.health.v1.Health/List                                     x           x        x         x        x
 /grpc.health.v1.Health/Watch                                    x           x        x         x        x
 /grpc.reflection.v1.ServerReflection/ServerReflectionInfo       x           x        x         x        x
 /grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo  x           x        x         x        x
-/maskwork.wire.v1.Jobs/DeleteEverything                         -           -        -         -        -
-/maskwork.wire.v1.Federation/connect                            -           -        -         -        -
-maskwork.wire.v1.Federation/Connect                             -           -        -         -        -
-/maskwork.wire.v1.Federation/Connect/                           -           -        -         -        -
+/maskwork.wire.v1.JobService/DeleteEverything                         -           -        -         -        -
+/maskwork.wire.v1.FederationService/connect                            -           -        -         -        -
+maskwork.wire.v1.FederationService/Connect                             -           -        -         -        -
+/maskwork.wire.v1.FederationService/Connect/                           -           -        -         -        -
 /                                                               -           -        -         -        -
 """
 ROWS = [line.split() for line in TABLE.strip().splitlines()]

@@ -239,6 +239,10 @@ class Member:
         """The first message of a kind that it sent."""
         return next(m for m in self.sent if isinstance(m, kind))
 
+    def answers(self, kind: type[M]) -> list[M]:
+        """All messages of a kind that it sent."""
+        return [m for m in self.sent if isinstance(m, kind)]
+
     def before(self, kind: type[M]) -> M:
         """Its last state of a kind."""
         states = [s for state, _, step in self.history for s in (state, step.state) if isinstance(s, kind)]

@@ -65,7 +65,13 @@ T = TypeVar("T")
 
 N, LIAR = 5, 4
 """The liar is the last to answer in every stage of the clean run."""
-COLLECTING = (CollectingKeys, CollectingShares, CollectingUpdates, CollectingSignatures, CollectingUnmask)
+COLLECTING: tuple[type[Collecting], ...] = (
+    CollectingKeys,
+    CollectingShares,
+    CollectingUpdates,
+    CollectingSignatures,
+    CollectingUnmask,
+)
 SMALL_ORDER = PublicKey(bytes(32))
 DIES_BEFORE_ANSWER: dict[type, type] = {
     CollectingKeys: AdvertiseKeys,
@@ -268,7 +274,7 @@ def test_a_late_answer_that_is_not_the_one_given_in_time(stage: int) -> None:
         ignores(opening(COLLECTING[stage]), Received(LIAR, message))
         drops(
             opening(COLLECTING[stage]),
-            replace(message, signature=bytes(64)),  # type: ignore[call-arg]  # each of them is signed
+            replace(message, signature=bytes(64)),  # type: ignore[arg-type]  # each of them is signed
             DropReason.WRONG_STAGE,
             "is open",
         )
@@ -316,12 +322,13 @@ def test_what_a_dropped_member_says_no_longer_matters(kind: type[Collecting]) ->
 
 
 def test_what_a_member_says_that_was_not_asked_does_not_matter() -> None:
-    for kind, message in (
-        (CollectingShares, ANSWERS[0]),
-        (CollectingUpdates, Complaint(0, bytes(32))),
-        (CollectingSignatures, ANSWERS[2]),
-        (CollectingUnmask, ANSWERS[3]),
-    ):
+    late: dict[type[Collecting], ParticipantMessage] = {
+        CollectingShares: ANSWERS[0],
+        CollectingUpdates: Complaint(0, bytes(32)),
+        CollectingSignatures: ANSWERS[2],
+        CollectingUnmask: ANSWERS[3],
+    }
+    for kind, message in late.items():
         run = Federation(make_plan(N), dies_before={LIAR: DIES_BEFORE[kind]}).run()
         ignores(run.opening(kind), Received(LIAR, message))
 
@@ -378,13 +385,13 @@ def judged(state: CollectingUpdates, key: bytes) -> tuple[Aborted, RecordEvidenc
 
 def test_a_false_accusation_is_rejected() -> None:
     verdict, evidence = judged(opening(CollectingUpdates), true_key(0, LIAR))
-    assert (verdict.reason, verdict.blamed) == (AbortReason.COMPLAINT_REJECTED, {LIAR})
+    assert (verdict.reason, verdict.blamed) == (AbortReason.COMPLAINT_REJECTED, frozenset({LIAR}))
     assert evidence == RecordEvidence(LIAR, DropReason.FALSE_ACCUSATION, None)
 
 
 def test_a_key_that_opens_nothing_is_a_dispute() -> None:
     verdict, evidence = judged(opening(CollectingUpdates), bytes(32))
-    assert (verdict.reason, verdict.blamed) == (AbortReason.COMPLAINT_DISPUTED, {0, LIAR})
+    assert (verdict.reason, verdict.blamed) == (AbortReason.COMPLAINT_DISPUTED, frozenset({0, LIAR}))
     assert evidence == RecordEvidence(0, DropReason.DISPUTED_CIPHERTEXT, LIAR)
 
 
@@ -398,7 +405,7 @@ def test_a_true_accusation_is_upheld(field: str) -> None:
     )
     bad = replace(honest, message=replace(honest.message, shares=shares))
     verdict, evidence = judged(replace(state, dealings={**state.dealings, 0: bad}), true_key(0, LIAR))
-    assert (verdict.reason, verdict.blamed) == (AbortReason.COMPLAINT_UPHELD, {0})
+    assert (verdict.reason, verdict.blamed) == (AbortReason.COMPLAINT_UPHELD, frozenset({0}))
     assert evidence == RecordEvidence(0, DropReason.DISHONEST_DEALER, LIAR)
 
 

@@ -70,6 +70,8 @@ def test_presets_that_do_not_exist_or_do_not_fit() -> None:
 
 
 @given(value_bits=st.integers(2, 32), ring_bits=st.integers(8, 32), cohort=st.integers(1, 5000))
+@example(value_bits=2, ring_bits=8, cohort=128)
+@example(value_bits=2, ring_bits=8, cohort=127)
 def test_capacity_is_n_times_S_below_half_the_modulus(value_bits: int, ring_bits: int, cohort: int) -> None:
     if value_bits > ring_bits:
         return
@@ -328,6 +330,21 @@ def test_ranges_that_cut_a_block_are_refused() -> None:
                 total_weight=1,
                 out_f32=part.astype(np.float32),
                 start=a,
+                length=length,
+            )
+
+
+@pytest.mark.parametrize("encoding", [EXACT, COMPACT])
+def test_ranges_outside_the_vector_are_refused(encoding: Encoding) -> None:
+    for start, count, length in [(-1, 5, 10), (6, 5, 10), (10, 1, 10), (0, 11, 10)]:
+        with pytest.raises(ValueError, match="is not a range"):
+            enc.decode_sum(
+                np.zeros(count, np.uint32),
+                encoding,
+                rotation_seed=SEED,
+                total_weight=1,
+                out_f32=np.zeros(count, np.float32),
+                start=start,
                 length=length,
             )
 

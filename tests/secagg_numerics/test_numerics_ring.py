@@ -83,6 +83,15 @@ def test_unused_bits_of_the_last_byte_are_zero_and_ignored() -> None:
     assert out.tolist() == [511, 511, 511]
 
 
+def test_a_packer_used_again_leaves_nothing_of_the_vector_before() -> None:
+    for bits in WIDTHS:
+        packer = ring.BitPacker(bits, tile=64)
+        packer.pack(np.full(63, 0xFFFFFFFF, np.uint32), np.zeros(ring.packed_size(63, bits), np.uint8))
+        out = np.zeros(ring.packed_size(3, bits), np.uint8)
+        packer.pack(np.zeros(3, np.uint32), out)
+        assert not out.any()
+
+
 def test_an_unaligned_buffer_is_no_different() -> None:
     values = _values(100)
     for bits in WIDTHS:
@@ -126,6 +135,17 @@ def test_widths_outside_8_to_32_are_refused(bits: int) -> None:
         ring.packed_size(1, bits)
     with pytest.raises(ValueError, match="8 to 32"):
         ring.BitPacker(bits)
+
+
+def test_other_impossible_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="-1 coordinates"):
+        ring.packed_size(-1, 8)
+    for tile in (0, -64, 65):
+        with pytest.raises(ValueError, match="multiple of 64"):
+            ring.BitPacker(20, tile=tile)
+    for count in (1, 4):
+        with pytest.raises(ValueError, match="out has shape"):
+            ring.centre(np.zeros(3, np.uint32), 20, np.zeros(count, np.int32))
 
 
 def test_a_buffer_of_another_length_is_refused() -> None:

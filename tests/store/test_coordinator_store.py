@@ -274,10 +274,12 @@ def test_a_saved_session_comes_back_and_its_survivors_are_on_record(saved: Store
 
 
 def test_a_session_is_saved_with_one_content(saved: Store) -> None:
-    saved.save_resume(resume_of(new_attempt()))
-    for change in ({"survivors": ("anna", "bert")}, {"blob": b"other"}):
-        other = dataclasses.replace(resume_of(new_attempt()), **change)  # type: ignore[arg-type]  # mixed types
-        refuses(saved, "another content", lambda other=other: saved.save_resume(other))
+    record = resume_of(new_attempt())
+    saved.save_resume(record)
+    other_survivors = dataclasses.replace(record, survivors=("anna", "bert"))
+    refuses(saved, "another content", lambda: saved.save_resume(other_survivors))
+    other_state = dataclasses.replace(record, blob=b"other")
+    refuses(saved, "another content", lambda: saved.save_resume(other_state))
 
 
 def test_only_the_open_attempt_can_be_saved(opened: Store) -> None:

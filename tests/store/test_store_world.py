@@ -80,7 +80,6 @@ def fails(opener: Opener, directory: Path, what: str, remedy: str) -> None:
         assert caught.value.file == str(directory / DATABASE_NAME)
         assert remedy in caught.value.remedy
         assert str(caught.value).startswith(caught.value.file)
-        assert not is_open(directory / DATABASE_NAME)
 
 
 @both
@@ -110,6 +109,17 @@ def test_pages_that_are_damaged_later(opener: Opener, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="damaged") as caught, opener(tmp_path) as opened:
         read(opened)
     assert caught.value.file == str(path)
+
+
+@both
+def test_a_database_that_is_refused_is_not_kept_open(opener: Opener, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / DATABASE_NAME)) as other, other:
+        other.execute("CREATE TABLE moz_places (id INTEGER)")
+    with pytest.raises(StoreError) as caught:
+        opener(tmp_path)
+    # The traceback still holds every frame here, so that it is closed is not the garbage collector's work.
+    assert caught.tb is not None
+    assert not is_open(tmp_path / DATABASE_NAME)
 
 
 @both
@@ -166,10 +176,11 @@ def test_a_read_only_database(tmp_path: Path) -> None:
 
 
 @both
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
 def test_a_file_without_the_right_to_write_it(opener: Opener, tmp_path: Path) -> None:
     opener(tmp_path).close()
     (tmp_path / DATABASE_NAME).chmod(0o400)
+    if os.access(tmp_path / DATABASE_NAME, os.W_OK):
+        pytest.skip("this user, root for one, may write everything")
     with pytest.raises(StoreError, match=r"read-only|cannot be opened"), opener(tmp_path) as opened:
         write(opened)
 

@@ -13,6 +13,7 @@ Rule: time is an argument, and a probe is bounded by a timeout.
 import socket
 import ssl
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -169,16 +170,27 @@ def _tls_reason(error: ssl.SSLError) -> str:
     return (error.reason or "unknown").lower().replace("_", " ")
 
 
-def _check_key(files: IdentityFiles, verified: VerifiedCertificate) -> None:
-    key_pem = read_identity_file(files.key)
+def load_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Read one's own private key.
+
+    Raises:
+        IdentityError: `UNREADABLE`, or `MALFORMED` when it is no unencrypted PEM key of an elliptic curve.
+    """
+    key_pem = read_identity_file(path)
     try:
         key = load_pem_private_key(key_pem, password=None)
     except (ValueError, TypeError):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise IdentityError(
             IdentityProblem.MALFORMED,
-            f"{files.key}: not an unencrypted PEM private key: expected the key.pem of `maskwork pki issue`",
-        ) from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != verified.public_key:
+            f"{path}: not an unencrypted PEM private key: expected the key.pem of `maskwork pki issue`",
+        )
+    return key
+
+
+def _check_key(files: IdentityFiles, verified: VerifiedCertificate) -> None:
+    if load_private_key(files.key).public_key() != verified.public_key:
         raise IdentityError(
             IdentityProblem.WRONG_KEY,
             f"{files.key}: not the key of {files.cert}: use the pair that one `maskwork pki issue` wrote",

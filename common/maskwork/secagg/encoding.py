@@ -159,7 +159,7 @@ def preset(name: str, *, cohort: int, clip_norm: float, weight_cap: int) -> Enco
     if value_bits + headroom > MAX_BITS:
         raise EncodingParameterError(f"the {name} preset holds up to {1 << (MAX_BITS - value_bits)} participants")
     encoding = Encoding(clip_norm, weight_cap, value_bits, value_bits + headroom, rotation)
-    check_capacity(encoding, cohort)
+    assert cohort * encoding.scale < 1 << (encoding.ring_bits - 1)  # n <= 2^headroom and S < 2^(b-1)
     return encoding
 
 
@@ -235,7 +235,7 @@ class TileEncoder:
         self._rotation = BlockRotation(length, rotation_seed) if rotated else None
         self._length = length
         self._limit = _largest_float32_up_to(encoding.scale)
-        self._multipliers = _multipliers(encoding, length=length, norm=norm, weight=weight)
+        self._multiplier = _multiplier(encoding, length=length, norm=norm, weight=weight)
         self._noise = KeystreamReader(rounding_key)
         room = min(length, 2 * TILE if rotated else TILE)
         self._scaled, self._floor = scratch(room, np.float32), scratch(room, np.float32)
@@ -249,9 +249,7 @@ class TileEncoder:
         """Writes the integers of the tile that begins at ``start``; returns how many were clamped."""
         count = len(tile)
         y, f, words = self._scaled[:count], self._floor[:count], self._words[:count]
-        np.multiply(tile, self._multipliers[0], out=y)
-        for multiplier in self._multipliers[1:]:
-            np.multiply(y, multiplier, out=y)
+        np.multiply(tile, self._multiplier, out=y)
         if self._rotation is not None:
             self._rotation.rotate(y, start)
         np.floor(y, out=f)
@@ -283,13 +281,10 @@ def _largest_float32_up_to(value: int) -> np.float32:
     return nearest if int(nearest) <= value else np.nextafter(nearest, np.float32(0))
 
 
-def _multipliers(encoding: Encoding, *, length: int, norm: float, weight: int) -> tuple[np.float32, ...]:
+def _multiplier(encoding: Encoding, *, length: int, norm: float, weight: int) -> np.float32:
     clip = encoding.clip_norm / norm if norm > encoding.clip_norm else 1.0
     multiplier = clip * weight / encoding.weight_cap * encoding.scale / encoding.value_range(length)
-    if multiplier >= 2.0**-100:
-        return (np.float32(multiplier),)
-    # An update near the end of the float32 range: a single factor would be subnormal and lose its digits.
-    return np.float32(2.0**-100), np.float32(multiplier * 2.0**100)
+    return np.float32(multiplier)
 
 
 def encode_update(

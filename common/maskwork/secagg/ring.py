@@ -206,8 +206,7 @@ class BitPacker:
         target = out
         if count != len(out):
             source = self._bytes[: packed_size(count, self._bits)]
-            source[: len(packed)] = packed
-            source[len(packed) :] = 0
+            source[: len(packed)] = packed  # coordinates past the end come out as rubbish and are not copied on
             packed, target = source, self._padded[:count]
         units = self._units[: count // 2]
         if 2 * self._bits % 8 == 0:

@@ -337,9 +337,8 @@ def _close(state: Collecting) -> Step:
     following: Collecting
     match state:
         case CollectingKeys():
-            following = CollectingShares(
-                state.session, _graph(state.session, state.answers), state.answers, {}, state.lost, state.away
-            )
+            graph = _graph(state.session, state.answers)
+            following = CollectingShares(state.session, graph, state.answers, {}, state.lost, state.away)
         case CollectingShares():
             following = CollectingUpdates(
                 state.session, state.graph, state.advertised, state.answers, frozenset(), state.lost, state.away

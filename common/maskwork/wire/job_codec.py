@@ -3,14 +3,17 @@
 It is NOT a check of what an event claims: a client believes the coordinator that it asked, since nothing about a job's
 progress can be verified by somebody who was not in the session. It checks form alone.
 
-Rule: decoding gives a well-formed event or raises `WireError`; an event of a kind that this version does not know is
-None, so that an older client can watch a newer coordinator.
+Rules:
+
+1. Decoding gives a well-formed event or raises `WireError`. An event of a kind that this version does not know is
+   None, so that an older client can watch a newer coordinator.
+2. Text comes out without control characters: it ends up on terminals, and third parties wrote some of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import assert_never
 
 from maskwork.job_events import (
@@ -166,16 +169,16 @@ def decode_event(response: jobs_pb2.WatchJobResponse, *, job_id: str) -> JobEven
             opened = response.attempt_opened
             round_number, attempt = _position(opened.round_number, opened.attempt)
             return AttemptOpened(
-                job_id, at, round_number, attempt, tuple(opened.roster), opened.threshold, opened.session_id
+                job_id, at, round_number, attempt, _names(opened.roster), opened.threshold, opened.session_id
             )
         case "stage_opened":
             stage = response.stage_opened
             round_number, attempt = _position(stage.round_number, stage.attempt)
-            return StageOpened(job_id, at, round_number, attempt, stage.stage, tuple(stage.expected))
+            return StageOpened(job_id, at, round_number, attempt, printable(stage.stage), _names(stage.expected))
         case "answered":
             answer = response.answered
             round_number, attempt = _position(answer.round_number, answer.attempt)
-            return Answered(job_id, at, round_number, attempt, answer.stage, answer.participant)
+            return Answered(job_id, at, round_number, attempt, printable(answer.stage), printable(answer.participant))
         case "dropped":
             return decode_dropped(response.dropped, job_id=job_id, at=at)
         case "round_committed":
@@ -183,9 +186,11 @@ def decode_event(response: jobs_pb2.WatchJobResponse, *, job_id: str) -> JobEven
         case "attempt_aborted":
             aborted = response.attempt_aborted
             round_number, attempt = _position(aborted.round_number, aborted.attempt)
-            return AttemptAborted(job_id, at, round_number, attempt, aborted.reason, aborted.detail)
+            return AttemptAborted(
+                job_id, at, round_number, attempt, printable(aborted.reason), printable(aborted.detail)
+            )
         case "waiting":
-            return Waiting(job_id, at, response.waiting.detail, tuple(response.waiting.connected))
+            return Waiting(job_id, at, printable(response.waiting.detail), _names(response.waiting.connected))
         case None:
             return None
 
@@ -216,15 +221,15 @@ def decode_job(message: jobs_pb2.Job, *, at: float = 0.0) -> JobSummary:
     if message.rounds_committed > message.rounds_total:
         raise WireError(f"a job with {message.rounds_committed} of {message.rounds_total} rounds committed")
     return JobSummary(
-        job_id=message.job_id,
+        job_id=printable(message.job_id),
         at=at,
-        name=message.name,
-        task=message.task,
-        state=message.state,
+        name=printable(message.name),
+        task=printable(message.task),
+        state=printable(message.state),
         rounds_total=message.rounds_total,
         rounds_committed=message.rounds_committed,
-        reason=message.reason,
-        submitted_by=message.submitted_by,
+        reason=printable(message.reason),
+        submitted_by=printable(message.submitted_by),
         submitted_at=_finite("submitted_at", message.submitted_at),
         model_digest=message.model_digest,
     )
@@ -242,8 +247,8 @@ def decode_round(message: jobs_pb2.RoundCommitted, *, job_id: str, at: float = 0
         at=_finite("at", at),
         round_number=round_number,
         attempt=attempt,
-        survivors=tuple(message.survivors),
-        dropouts=tuple(message.dropouts),
+        survivors=_names(message.survivors),
+        dropouts=_names(message.dropouts),
         statistics=_finite_map(message.statistics),
         stage_seconds=_finite_map(message.stage_seconds),
         seconds=_finite("seconds", message.seconds),
@@ -261,14 +266,30 @@ def decode_dropped(message: jobs_pb2.Dropped, *, job_id: str, at: float = 0.0) -
     """
     round_number, attempt = _position(message.round_number, message.attempt)
     return Dropped(
-        job_id, at, round_number, attempt, message.stage, message.participant, message.reason, message.detail
+        job_id,
+        at,
+        round_number,
+        attempt,
+        printable(message.stage),
+        printable(message.participant),
+        printable(message.reason),
+        printable(message.detail),
     )
 
 
 def _decode_past_attempt(message: jobs_pb2.AttemptRecord) -> PastAttempt:
     round_number, attempt = _position(message.round_number, message.attempt)
     opened_at = _finite("opened_at", message.opened_at)
-    return PastAttempt(round_number, attempt, message.outcome, message.reason, opened_at)
+    return PastAttempt(round_number, attempt, printable(message.outcome), printable(message.reason), opened_at)
+
+
+def printable(text: str) -> str:
+    """A text from elsewhere with a space for whatever a terminal could take for a command."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+
+
+def _names(texts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(printable(text) for text in texts)
 
 
 def _position(round_number: int, attempt: int) -> tuple[int, int]:
@@ -284,4 +305,4 @@ def _finite(name: str, value: float) -> float:
 
 
 def _finite_map(values: Mapping[str, float]) -> dict[str, float]:
-    return {name: _finite(name, value) for name, value in values.items()}
+    return {printable(name): _finite(name, value) for name, value in values.items()}

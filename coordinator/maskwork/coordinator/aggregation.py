@@ -129,7 +129,8 @@ def release(request: ReleaseRequest) -> Release:
         masks = remaining_masks(request.job)
     except DealerEquivocated as error:
         return Convicted(error.dealer, str(error))
-    statistics, update = (part.copy() for part in _open(request.accumulator, request.shape, "r"))
+    kept_statistics, kept_update = _open(request.accumulator, request.shape, "r")
+    statistics, update = kept_statistics.copy(), kept_update.copy()
     masking.remove_statistics_masks(statistics, masks.statistics)
     sums = decode_statistics(statistics)
     examples = sums[0]

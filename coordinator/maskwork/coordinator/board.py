@@ -8,11 +8,38 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from maskwork.job_events import AttemptOpened, JobEvent, JobSummary, RoundCommitted
 
 WATCHER_LIMIT = 10_000
+
+
+class Subscription:
+    """One watcher's events, in order; iteration ends when the watcher has fallen too far behind."""
+
+    def __init__(self, events: list[JobEvent]) -> None:
+        self._queue: asyncio.Queue[JobEvent | None] = asyncio.Queue()
+        for event in events:
+            self._queue.put_nowait(event)
+
+    def put(self, event: JobEvent) -> bool:
+        """Queue an event; False when the watcher is cut off instead."""
+        if self._queue.qsize() >= WATCHER_LIMIT:
+            self._queue.put_nowait(None)
+            return False
+        self._queue.put_nowait(event)
+        return True
+
+    def __aiter__(self) -> Subscription:
+        return self
+
+    async def __anext__(self) -> JobEvent:
+        event = await self._queue.get()
+        if event is None:
+            raise StopAsyncIteration
+        return event
 
 
 class EventBoard:
@@ -20,7 +47,7 @@ class EventBoard:
 
     def __init__(self) -> None:
         self._current: dict[str, list[JobEvent]] = defaultdict(list)
-        self._watchers: dict[str, set[asyncio.Queue[JobEvent | None]]] = defaultdict(set)
+        self._watchers: dict[str, set[Subscription]] = defaultdict(set)
 
     def publish(self, event: JobEvent) -> None:
         """Post an event to the job's watchers and remember it as part of the current attempt."""
@@ -29,25 +56,20 @@ class EventBoard:
             current.clear()
         if not isinstance(event, RoundCommitted | JobSummary):
             current.append(event)
-        for queue in tuple(self._watchers[event.job_id]):
-            if queue.qsize() >= WATCHER_LIMIT:
-                self._watchers[event.job_id].discard(queue)
-                queue.put_nowait(None)
-            else:
-                queue.put_nowait(event)
+        watchers = self._watchers[event.job_id]
+        watchers -= {watcher for watcher in tuple(watchers) if not watcher.put(event)}
 
     def forget(self, job_id: str) -> None:
         """A job has ended: its last events need not be replayed any more."""
         self._current.pop(job_id, None)
+        self._watchers.pop(job_id, None)
 
-    async def watch(self, job_id: str) -> AsyncIterator[JobEvent]:
-        """The current attempt so far, then what happens, until the caller stops or falls too far behind."""
-        queue: asyncio.Queue[JobEvent | None] = asyncio.Queue()
-        for event in self._current.get(job_id, ()):
-            queue.put_nowait(event)
-        self._watchers[job_id].add(queue)
+    @contextmanager
+    def subscribe(self, job_id: str) -> Iterator[Subscription]:
+        """The current attempt so far, then what happens."""
+        subscription = Subscription(self._current.get(job_id, []))
+        self._watchers[job_id].add(subscription)
         try:
-            while (event := await queue.get()) is not None:
-                yield event
+            yield subscription
         finally:
-            self._watchers[job_id].discard(queue)
+            self._watchers[job_id].discard(subscription)

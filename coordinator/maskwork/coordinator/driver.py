@@ -4,8 +4,8 @@ Everything that changes anything goes through `Driver.run`, one event at a time:
 connections, finished uploads, timers, the worker's answers, submitted and aborted jobs. What is to be durable is
 written before what depends on it is sent.
 
-It decides nothing about the protocol (`maskwork.secagg.server` does) or about jobs (`rounds` does), and knows nothing of
-gRPC (`service` does). A `StoreError` ends the loop: a coordinator that cannot write down what it does must stop.
+It decides nothing about the protocol (`maskwork.secagg.server` does) or about jobs (`rounds` does), and knows nothing
+of gRPC (`service` does). A `StoreError` ends the loop: a coordinator that cannot write down what it does must stop.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias, assert_never
@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from maskwork import job_events as events
 from maskwork.coordinator import aggregation, rounds
-from maskwork.coordinator.aggregation import Convicted, Implausible, Release, Released, ReleaseRequest
+from maskwork.coordinator.aggregation import Convicted, Implausible, Release, Released
 from maskwork.coordinator.board import EventBoard
 from maskwork.coordinator.models import ModelStore
 from maskwork.coordinator.peers import Peer
@@ -34,14 +34,13 @@ from maskwork.coordinator.records import (
     AttemptOutcome,
     AttemptRecord,
     CommittedRound,
-    DropRecord,
-    EvidenceRecord,
     JobRecord,
     JobState,
     ResumeRecord,
 )
 from maskwork.coordinator.rounds import GiveUp, JobRun, OpenAttempt, PresentSite, Wait
-from maskwork.coordinator.session import KEPT_OUT_UNTIL_RECONNECT, ActiveSession, deadline_s, shape_of
+from maskwork.coordinator.runner import SessionRunner, Surroundings
+from maskwork.coordinator.session import ActiveSession, shape_of
 from maskwork.coordinator.spool import Spool, UploadSlots
 from maskwork.coordinator.store import Store
 from maskwork.job import parse_spec
@@ -52,13 +51,9 @@ from maskwork.secagg.encoding import EncodingParameterError
 from maskwork.secagg.errors import AbortReason, DropReason, PlanError
 from maskwork.secagg.keys import Signer
 from maskwork.secagg.messages import (
-    Complaint,
-    CoordinatorMessage,
-    Decline,
     ParticipantMessage,
     Proposal,
     SessionClosed,
-    Withdraw,
 )
 from maskwork.secagg.plan import session_id
 from maskwork.tensors import read_schema
@@ -190,20 +185,35 @@ class Driver:
         self._inbox: asyncio.Queue[Happening] = asyncio.Queue(INBOX_LIMIT)
         self._peers: dict[str, Peer] = {}
         self._run: JobRun | None = None
-        self._session: ActiveSession | None = None
+        self._runner: SessionRunner | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._look_timer: asyncio.TimerHandle | None = None
         self._waiting_told = ""
+        self._around = Surroundings(
+            store=store,
+            models=models,
+            worker=worker,
+            board=self.board,
+            peers=self._peers,
+            clock=clock,
+            later=self._post_later,
+            spawn=self._spawn,
+            report=self._report,
+        )
 
-    # --- for the service ---------------------------------------------------------------------------------------------
+    # --- for the service ----------------------------------------------------------------------------------
 
     async def post(self, happening: Happening) -> None:
         """Queue what happened; waits when the queue is full, which slows the sender down."""
         await self._inbox.put(happening)
 
+    def post_soon(self, happening: Happening) -> None:
+        """Queue what happened from a place that cannot wait."""
+        self._spawn(self.post(happening))
+
     def spool_for(self, site: PresentSite, session: bytes) -> tuple[Spool, int] | None:
         """The spool of a member that may upload to this session now."""
-        active = self._session
+        active = None if self._runner is None else self._runner.session
         if active is None or active.id != session:
             return None
         member = active.index_of(site.name, site.fingerprint)
@@ -215,7 +225,7 @@ class Driver:
 
     def download(self, digest: bytes) -> Path | bytes | None:
         """What a member of the open session may fetch: the global model's file, or the roster's certificates."""
-        active = self._session
+        active = None if self._runner is None else self._runner.session
         if active is None:
             return None
         if digest == active.plan.model_digest:
@@ -223,24 +233,24 @@ class Driver:
         bundle = active.certificate_bundle
         return bundle if hashlib.sha256(bundle).digest() == digest else None
 
-    # --- the loop ----------------------------------------------------------------------------------------------------
+    # --- the loop ----------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Recover, then handle one event after the other until cancelled."""
         await self._recover()
-        self._consider()
+        await self._consider()
         while True:
-            happening = await self._inbox.get()
-            await self._handle(happening)
-            if self._session is None:
-                self._consider()
+            await self._handle(await self._inbox.get())
+            self._after_step()
+            if self._runner is None:
+                await self._consider()
 
     async def stop(self) -> None:
         """Give up the open session, tell everybody, close every stream."""
-        if self._session is not None and not isinstance(
-            self._session.state, core.CollectingUnmask | core.RemovingMasks
-        ):
-            await self._step(self._session, core.Cancelled(AbortReason.CANCELLED, "the coordinator stops"))
+        runner = self._runner
+        if runner is not None and not isinstance(runner.session.state, core.CollectingUnmask | core.RemovingMasks):
+            await runner.step(core.Cancelled(AbortReason.CANCELLED, "the coordinator stops"))
+            self._after_step()
         for peer in tuple(self._peers.values()):
             peer.close()
         for task in tuple(self._tasks):
@@ -257,12 +267,14 @@ class Driver:
             case PeerMisbehaved(peer, detail):
                 await self._misbehaved(peer, detail)
             case UploadEnded(session, member):
-                await self._upload_ended(session, member)
+                if (runner := self._runner_of(session)) is not None:
+                    await runner.upload_ended(member)
             case SessionEvent(session, event):
-                if self._session is not None and self._session.id == session:
-                    await self._step(self._session, event)
+                if (runner := self._runner_of(session)) is not None:
+                    await runner.step(event)
             case ReleaseDone(session, release):
-                await self._released(session, release)
+                if (runner := self._runner_of(session)) is not None:
+                    await self._released(runner, release)
             case JobAborted():
                 await self._abort_job(happening)
             case Look():
@@ -270,9 +282,21 @@ class Driver:
             case _:
                 assert_never(happening)
 
-    def _consider(self) -> None:
+    def _runner_of(self, session: bytes) -> SessionRunner | None:
+        runner = self._runner
+        return runner if runner is not None and runner.session.id == session else None
+
+    def _after_step(self) -> None:
+        """Put an ended session away."""
+        if self._runner is not None and isinstance(self._runner.session.state, core.Aborted):
+            self._close_aborted(self._runner, self._runner.session.state)
+        elif self._runner is not None and isinstance(self._runner.session.state, core.Completed):
+            self._runner.forget()
+            self._runner = None
+
+    async def _consider(self) -> None:
         """Start the next job, or open the next attempt, or wait: whatever `rounds` says."""
-        while self._session is None:
+        while self._runner is None:
             if self._run is None and not self._start_next_job():
                 return
             assert self._run is not None
@@ -280,7 +304,7 @@ class Driver:
             self._run, decision = rounds.decide(self._run, present, now=self._clock(), rand=self._entropy(16))
             match decision:
                 case OpenAttempt(cohort):
-                    self._open_attempt(self._run, cohort)
+                    await self._open_attempt(self._run, cohort)
                 case Wait(why, until):
                     self._tell_waiting(why)
                     if until is not None:
@@ -295,17 +319,23 @@ class Driver:
         if self._look_timer is not None:
             self._look_timer.cancel()
         delay = max(0.0, when - self._clock())
-        self._look_timer = asyncio.get_running_loop().call_later(delay, self._spawn_post, Look())
+        self._look_timer = asyncio.get_running_loop().call_later(delay, self.post_soon, Look())
 
-    def _spawn_post(self, happening: Happening) -> None:
-        self._spawn(self.post(happening))
-
-    def _spawn(self, work: object) -> None:
-        task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[arg-type]  # any coroutine without result
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    # --- jobs ----------------------------------------------------------------------------------------------------------
+    def _post_later(self, seconds: float, session: bytes, event: core.Event) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(seconds, self.post_soon, SessionEvent(session, event))
+
+    async def _report(self, session: bytes, result: Release | core.Cancelled) -> None:
+        if isinstance(result, core.Cancelled):
+            await self.post(SessionEvent(session, result))
+        else:
+            await self.post(ReleaseDone(session, result))
+
+    # --- jobs ----------------------------------------------------------------------------------
 
     def _start_next_job(self) -> bool:
         record = self._store.next_queued()
@@ -345,8 +375,9 @@ class Driver:
         record = self._store.job(request.job_id)
         if record is not None and record.state in (JobState.QUEUED, JobState.RUNNING):
             reason = f"aborted by {request.by}"
-            if self._session is not None and self._session.job_id == request.job_id:
-                await self._step(self._session, core.Cancelled(AbortReason.CANCELLED, reason))
+            if self._runner is not None and self._runner.session.job_id == request.job_id:
+                await self._runner.step(core.Cancelled(AbortReason.CANCELLED, reason))
+                self._after_step()
             if self._run is not None and self._run.job_id == request.job_id:
                 self._end_job(request.job_id, JobState.ABORTED, reason)
             else:
@@ -357,7 +388,7 @@ class Driver:
     def _publish_job(self, job_id: str) -> None:
         record = self._store.job(job_id)
         if record is not None:
-            self.board.publish(events.JobSummary(job_id=job_id, at=self._clock(), **summary_fields(record)))
+            self.board.publish(summary(record, at=self._clock()))
 
     def _tell_waiting(self, why: str) -> None:
         assert self._run is not None
@@ -367,9 +398,9 @@ class Driver:
             self.board.publish(events.Waiting(self._run.job_id, self._clock(), why, connected))
             log.info("waiting", job=self._run.job_id, why=why)
 
-    # --- attempts --------------------------------------------------------------------------------------------------------
+    # --- attempts ----------------------------------------------------------------------------------
 
-    def _open_attempt(self, run: JobRun, cohort: tuple[PresentSite, ...]) -> None:
+    async def _open_attempt(self, run: JobRun, cohort: tuple[PresentSite, ...]) -> None:
         config = run.spec.training.canonical_json()
         try:
             plan = rounds.build_plan(
@@ -395,7 +426,7 @@ class Driver:
         session = self._new_session(run.job_id, started.state, certificates, config)
         session.folder.mkdir(parents=True)
         aggregation.create_accumulator(session.accumulator, session.shape)
-        self._session = session
+        runner = self._runner = SessionRunner(session, self._around)
         self._waiting_told = ""
         self.board.publish(
             events.AttemptOpened(
@@ -409,11 +440,7 @@ class Driver:
             )
         )
         log.info("attempt opened", job=run.job_id, round=run.round_number, attempt=run.attempt, cohort=plan.cohort)
-        self._spawn(self._begin(session, started))
-
-    async def _begin(self, session: ActiveSession, started: core.Step) -> None:
-        # The first effects only send and start a timer; they run before the loop can see an answer to them.
-        await self._perform(session, started)
+        await runner.perform(started)
 
     def _new_session(
         self, job_id: str, state: core.State, certificates: tuple[bytes, ...], config: bytes
@@ -430,185 +457,15 @@ class Driver:
             opened_at=self._clock(),
         )
 
-    async def _step(self, session: ActiveSession, event: core.Event) -> None:
-        """Feed the protocol one event and perform what it asks for."""
-        before = session.state
-        transcript = session.transcript()
-        following = server.step(before, event)
-        session.state = following.state
-        if isinstance(event, core.Received) and isinstance(event.message, Complaint):
-            transcript = codec.with_accusation(transcript, event.sender, event.message)
-        for effect in following.effects:
-            if isinstance(effect, core.RecordEvidence):
-                self._keep_evidence(session, effect, transcript)
-        self._tell_answer(session, before, event, following)
-        await self._perform(session, following)
-        if isinstance(session.state, core.Aborted):
-            self._close_aborted(session, session.state)
-
-    async def _perform(self, session: ActiveSession, step: core.Step) -> None:
-        for effect in step.effects:
-            match effect:
-                case core.SendTo(recipient, message):
-                    self._send(session, recipient, message)
-                case core.DropPeer():
-                    self._dropped(session, effect)
-                case core.StageOpened(stage, expected):
-                    self._stage_opened(session, stage, expected)
-                case core.AddUpdate(member):
-                    self._add_upload(session, member)
-                case core.PersistUnmask():
-                    await self._persist(session)
-                case core.RemoveMasks(job):
-                    self._spawn(self._release(session, job))
-                case core.RecordEvidence():
-                    pass  # kept by `_step`, from the state before the session ended
-                case _:
-                    assert_never(effect)
-
-    def _send(self, session: ActiveSession, recipient: int, message: CoordinatorMessage) -> None:
-        peer = self._peers.get(session.name(recipient))
-        if peer is None or peer.site.fingerprint != session.plan.roster[recipient].fingerprint:
-            return  # away: it is told again when it comes back
-        response = session.opening() if isinstance(message, Proposal) else message
-        peer.send(codec.encode_response(session.id, response, session.plan.cohort))
-
-    def _tell_answer(self, session: ActiveSession, before: core.State, event: core.Event, following: core.Step) -> None:
-        """Post that a member completed a stage, if this event did that."""
-        if not isinstance(event, core.Received | core.UploadCompleted) or session.stage is None:
-            return
-        if isinstance(event, core.Received) and isinstance(event.message, Decline | Withdraw | Complaint):
-            return
-        dropped = any(isinstance(e, core.DropPeer) and e.member == event.sender for e in following.effects)
-        if dropped or event.sender not in server.outstanding(before):
-            return
-        p = session.plan
-        self.board.publish(
-            events.Answered(
-                session.job_id,
-                self._clock(),
-                p.round_number,
-                p.attempt,
-                session.stage.value,
-                session.name(event.sender),
-            )
-        )
-
-    def _stage_opened(self, session: ActiveSession, stage: core.Stage, expected: frozenset[int]) -> None:
-        session.enter_stage(stage, self._clock())
-        self._timer(session, stage, deadline_s(session.plan, stage), core.DeadlinePassed(stage))
-        p = session.plan
-        self.board.publish(
-            events.StageOpened(
-                session.job_id, self._clock(), p.round_number, p.attempt, stage.value, session.names(expected)
-            )
-        )
-
-    def _timer(self, session: ActiveSession, key: object, seconds: float, event: core.Event) -> None:
-        loop = asyncio.get_running_loop()
-        session.timers[key] = loop.call_later(seconds, self._spawn_post, SessionEvent(session.id, event))
-
-    def _dropped(self, session: ActiveSession, drop: core.DropPeer) -> None:
-        name, p, now = session.name(drop.member), session.plan, self._clock()
-        self._store.record_drop(
-            DropRecord(
-                session.job_id,
-                p.round_number,
-                p.attempt,
-                name,
-                drop.stage.value,
-                drop.reason.value,
-                drop.detail,
-                now,
-            )
-        )
-        if drop.reason in KEPT_OUT_UNTIL_RECONNECT:
-            session.excluded[name] = f"{drop.reason.value} ({drop.detail})"
-        self.board.publish(
-            events.Dropped(
-                session.job_id,
-                now,
-                p.round_number,
-                p.attempt,
-                drop.stage.value,
-                name,
-                drop.reason.value,
-                drop.detail,
-            )
-        )
-        log.warning("participant dropped", participant=name, reason=drop.reason.value, detail=drop.detail)
-        phrase = f"left out of this session: {drop.reason.value}"
-        self._send(session, drop.member, SessionClosed(released=False, phrase=phrase))
-        self._grant(session, session.slots.release(drop.member))
-
-    # --- uploads and the sum ---------------------------------------------------------------------------------------------
-
-    def _grant(self, session: ActiveSession, member: int | None) -> None:
-        if member is None:
-            return
-        peer = self._peers.get(session.name(member))
-        if peer is not None:
-            peer.send(codec.encode_response(session.id, session.grant(member), session.plan.cohort))
-
-    async def _upload_ended(self, session_digest: bytes, member: int) -> None:
-        session = self._session
-        if session is None or session.id != session_digest:
-            return
-        self._grant(session, session.slots.release(member))
-        if session.spool(member).complete:
-            await self._step(session, core.UploadCompleted(member))
-
-    def _add_upload(self, session: ActiveSession, member: int) -> None:
-        session.uplink_bytes += session.shape.upload_bytes
-        spool = session.spool(member)
-        work = self._worker.call(aggregation.add_upload, session.accumulator, spool.path, session.shape)
-        session.additions.append(asyncio.ensure_future(work))
-
-    async def _persist(self, session: ActiveSession) -> None:
-        """Everything in U3 is in the sum and on the disk, with the sets and signatures, before Unmask is asked for."""
-        await asyncio.gather(*session.additions)
-        await self._worker.call(aggregation.make_durable, session.accumulator)
-        transcript = session.transcript()
-        self._store.save_resume(
-            ResumeRecord(
-                session.id,
-                session.job_id,
-                codec.encode_transcript(transcript),
-                str(session.accumulator),
-                session.names(transcript.u3),
-                self._clock(),
-            )
-        )
-
-    async def _release(self, session: ActiveSession, job: core.UnmaskingJob) -> None:
-        assert isinstance(session.state, core.RemovingMasks)
-        p = session.plan
-        request = ReleaseRequest(
-            accumulator=session.accumulator,
-            shape=session.shape,
-            encoding=p.encoding,
-            job=job,
-            survivors=len(session.state.gathered.sets.u3),
-            models=self._models.directory,
-            model=p.model_digest,
-            metadata=(("federation", p.federation), ("job", p.job), ("round", str(p.round_number))),
-        )
-        release = await self._worker.call(aggregation.release, request)
-        await self.post(ReleaseDone(session.id, release))
-
-    async def _released(self, session_digest: bytes, release: Release) -> None:
-        session = self._session
-        if session is None or session.id != session_digest:
-            return
+    async def _released(self, runner: SessionRunner, release: Release) -> None:
         match release:
             case Released(model, sums):
-                self._commit(session, model, sums)
-                await self._step(session, core.MasksRemoved())
-                self._forget(session)
+                self._commit(runner.session, model, sums)
+                await runner.step(core.MasksRemoved())
             case Convicted(dealer, detail):
-                await self._step(session, core.DealerConvicted(dealer, detail))
+                await runner.step(core.DealerConvicted(dealer, detail))
             case Implausible(detail):
-                await self._step(session, core.Cancelled(AbortReason.AGGREGATION_FAILED, detail))
+                await runner.step(core.Cancelled(AbortReason.AGGREGATION_FAILED, detail))
             case _:
                 assert_never(release)
 
@@ -640,8 +497,9 @@ class Driver:
         else:
             self._run = rounds.exclude(run, session.excluded)
 
-    def _close_aborted(self, session: ActiveSession, state: core.Aborted) -> None:
-        p, now = session.plan, self._clock()
+    def _close_aborted(self, runner: SessionRunner, state: core.Aborted) -> None:
+        session, now = runner.session, self._clock()
+        p = session.plan
         blamed = {session.name(i): f"{state.reason.value} ({state.detail})" for i in state.blamed}
         self._store.close_attempt(session.id, AttemptOutcome.ABORTED, f"{state.reason.value}: {state.detail}")
         self.board.publish(
@@ -652,34 +510,17 @@ class Driver:
             self._run = rounds.after_abort(
                 self._run, reason=state.reason, excluded={**session.excluded, **blamed}, now=now
             )
-        self._forget(session)
+        runner.forget()
+        self._runner = None
 
-    def _forget(self, session: ActiveSession) -> None:
-        session.cancel_timers()
-        for addition in session.additions:
-            addition.cancel()
-        for spool in session.spools.values():
-            spool.discard()
-        shutil.rmtree(session.folder, ignore_errors=True)
-        self._session = None
+    # --- participants ----------------------------------------------------------------------------------
 
-    def _keep_evidence(
-        self, session: ActiveSession, evidence: core.RecordEvidence, transcript: codec.Transcript
-    ) -> None:
-        accused = session.name(evidence.accused)
-        self._store.add_evidence(
-            EvidenceRecord(
-                session.job_id,
-                session.id,
-                evidence.kind.value,
-                accused,
-                codec.encode_transcript(transcript),
-                self._clock(),
-            )
-        )
-        log.error("evidence kept", accused=accused, kind=evidence.kind.value)
-
-    # --- participants -------------------------------------------------------------------------------------------------------
+    def _place(self, peer: Peer) -> tuple[SessionRunner, int] | None:
+        """The open session and the peer's index in it, when this very connection speaks for that member."""
+        if self._runner is None or self._peers.get(peer.name) is not peer:
+            return None
+        member = self._runner.session.index_of(peer.name, peer.site.fingerprint)
+        return None if member is None else (self._runner, member)
 
     async def _connected(self, peer: Peer) -> None:
         older = self._peers.get(peer.name)
@@ -689,66 +530,45 @@ class Driver:
         log.info("participant connected", participant=peer.name, connected=len(self._peers))
         if self._run is not None:
             self._run = rounds.readmit(self._run, peer.name)
-        session = self._session
-        member = None if session is None else session.index_of(peer.name, peer.site.fingerprint)
-        if session is not None and member is not None and peer.active_session == session.id:
-            self._cancel_grace(session, member)
-            await self._step(session, core.Reconnected(member))
+        place = self._place(peer)
+        if place is not None and peer.active_session == place[0].session.id:
+            await place[0].back(place[1])
             return
-        if session is not None and member is not None:
-            await self._lose(session, member, DropReason.DISCONNECTED, "came back without this session")
+        if place is not None:
+            await place[0].lose(place[1], DropReason.DISCONNECTED, "came back without this session")
         if peer.active_session:
             closed = SessionClosed(released=False, phrase="that session is over")
             peer.send(codec.encode_response(peer.active_session, closed, 0))
 
     async def _gone(self, peer: Peer) -> None:
+        place = self._place(peer)
         if self._peers.get(peer.name) is not peer:
             return  # a newer connection took its place
         del self._peers[peer.name]
         log.info("participant disconnected", participant=peer.name, connected=len(self._peers))
-        session = self._session
-        member = None if session is None else session.index_of(peer.name, peer.site.fingerprint)
-        if session is None or member is None or self._run is None:
-            return
-        self._grant(session, session.slots.release(member))
-        grace = self._run.spec.deadlines.reconnect_s
-        lost = core.Lost(member, DropReason.DISCONNECTED, f"away for more than {grace:g} s")
-        self._timer(session, ("away", member), grace, lost)
-        await self._step(session, core.Disconnected(member))
+        if place is not None and self._run is not None:
+            await place[0].away(place[1], self._run.spec.deadlines.reconnect_s)
 
-    def _cancel_grace(self, session: ActiveSession, member: int) -> None:
-        timer = session.timers.pop(("away", member), None)
-        if timer is not None:
-            timer.cancel()
-
-    async def _lose(self, session: ActiveSession, member: int, reason: DropReason, detail: str) -> None:
-        self._cancel_grace(session, member)
-        await self._step(session, core.Lost(member, reason, detail))
-
-    async def _said(self, peer: Peer, session_digest: bytes, message: ParticipantMessage | UploadReady) -> None:
-        session = self._session
-        if session is None or session.id != session_digest or self._peers.get(peer.name) is not peer:
+    async def _said(self, peer: Peer, session: bytes, message: ParticipantMessage | UploadReady) -> None:
+        place = self._place(peer)
+        if place is None or place[0].session.id != session:
             return  # about a session that is over, or from a connection that is
-        member = session.index_of(peer.name, peer.site.fingerprint)
-        if member is None:
-            return
+        runner, member = place
         if isinstance(message, UploadReady):
-            wanted = isinstance(session.state, core.CollectingUpdates) and member in server.outstanding(session.state)
-            if wanted and session.slots.ask(member):
-                self._grant(session, member)
-            return
-        await self._step(session, core.Received(member, message))
+            runner.upload_ready(member)
+        else:
+            await runner.step(core.Received(member, message))
 
     async def _misbehaved(self, peer: Peer, detail: str) -> None:
-        session = self._session
-        member = None if session is None else session.index_of(peer.name, peer.site.fingerprint)
-        if session is not None and member is not None and self._peers.get(peer.name) is peer:
-            await self._lose(session, member, DropReason.MALFORMED, detail)
+        place = self._place(peer)
+        if place is not None:
+            await place[0].lose(place[1], DropReason.MALFORMED, detail)
 
-    # --- after a restart ------------------------------------------------------------------------------------------------------
+    # --- after a restart ----------------------------------------------------------------------------------
 
     async def _recover(self) -> None:
         """Go on where the last process stopped: resume a session that asked for unmasking, give up any other."""
+        self._models.sweep(set(self._store.referenced_models()))
         keep: Path | None = None
         for record in self._store.jobs():
             if record.state is not JobState.RUNNING:
@@ -784,26 +604,28 @@ class Driver:
         config = self._run.spec.training.canonical_json()
         session = self._new_session(record.job_id, state, transcript.certificates, config)
         session.uplink_bytes = len(transcript.u3) * shape_of(plan).upload_bytes
-        self._session = session
+        runner = self._runner = SessionRunner(session, self._around)
         log.warning("session resumed", job=record.job_id, round=plan.round_number, survivors=len(transcript.u3))
         step = server.resume(state)
         session.state = step.state
-        await self._perform(session, step)
+        await runner.perform(step)
 
 
-def summary_fields(record: JobRecord) -> dict[str, object]:
-    """What a job's record says, as the fields of a `JobSummary`."""
-    return {
-        "name": record.name,
-        "task": record.task,
-        "state": record.state.value,
-        "rounds_total": record.rounds_total,
-        "rounds_committed": record.next_round - 1,
-        "reason": record.reason,
-        "submitted_by": record.submitted_by,
-        "submitted_at": record.submitted_at,
-        "model_digest": record.current_model,
-    }
+def summary(record: JobRecord, *, at: float) -> events.JobSummary:
+    """A job's record as watchers and lists see it."""
+    return events.JobSummary(
+        job_id=record.job_id,
+        at=at,
+        name=record.name,
+        task=record.task,
+        state=record.state.value,
+        rounds_total=record.rounds_total,
+        rounds_committed=record.next_round - 1,
+        reason=record.reason,
+        submitted_by=record.submitted_by,
+        submitted_at=record.submitted_at,
+        model_digest=record.current_model,
+    )
 
 
 def round_event(committed: CommittedRound, *, seconds: float) -> events.RoundCommitted:

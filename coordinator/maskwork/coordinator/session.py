@@ -9,14 +9,26 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from maskwork.coordinator.aggregation import SessionShape
 from maskwork.coordinator.spool import Spool, UploadSlots
 from maskwork.secagg.errors import DropReason
+from maskwork.secagg.messages import ShareKeys
 from maskwork.secagg.plan import RoundPlan
-from maskwork.secagg.server_states import CollectingUnmask, RemovingMasks, Session, Stage, State
+from maskwork.secagg.server_states import (
+    CollectingKeys,
+    CollectingShares,
+    CollectingSignatures,
+    CollectingUnmask,
+    CollectingUpdates,
+    Dealing,
+    RemovingMasks,
+    Session,
+    Stage,
+    State,
+)
 from maskwork.wire.codec import OpenSession, Transcript, UploadGrant, encode_certificates
 
 KEPT_OUT_UNTIL_RECONNECT = frozenset(DropReason) - {DropReason.DEADLINE, DropReason.DISCONNECTED, DropReason.WITHDREW}
@@ -116,21 +128,28 @@ class ActiveSession:
             self.stage_seconds[self.stage.value] = now - self.stage_since
         self.stage, self.stage_since = stage, now
 
-    def transcript(self) -> Transcript:
-        """What is known of the session so far, signed by those whom it concerns."""
-        state = self.state.gathered if isinstance(self.state, RemovingMasks) else self.state
-        dealings = getattr(state, "dealings", {})
-        unmask = state if isinstance(state, CollectingUnmask) else None
-        return Transcript(
-            self.core.proposal.plan_bytes,
-            self.core.proposal.signature,
-            self.certificates,
-            dict(getattr(state, "advertised", {})),
-            {i: dealing.message for i, dealing in dealings.items()},
-            frozenset() if unmask is None else unmask.sets.u3,
-            {} if unmask is None else dict(unmask.signatures),
-            {} if unmask is None else dict(unmask.answers),
-        )
+    def transcript(self, state: State) -> Transcript:
+        """What is known of the session in `state`, signed by those whom it concerns."""
+        state = state.gathered if isinstance(state, RemovingMasks) else state
+        base = Transcript(self.core.proposal.plan_bytes, self.core.proposal.signature, self.certificates, {}, {})
+        match state:
+            case CollectingKeys():
+                return replace(base, advertised=state.answers)
+            case CollectingShares():
+                return replace(base, advertised=state.advertised, dealings=_messages(state.answers))
+            case CollectingUpdates() | CollectingSignatures():
+                return replace(base, advertised=state.advertised, dealings=_messages(state.dealings))
+            case CollectingUnmask():
+                return replace(
+                    base,
+                    advertised=state.advertised,
+                    dealings=_messages(state.dealings),
+                    u3=state.sets.u3,
+                    signatures=state.signatures,
+                    revealed=state.answers,
+                )
+            case _:
+                return base
 
     def cancel_timers(self) -> None:
         """Stop every timer."""
@@ -156,6 +175,5 @@ def deadline_s(plan: RoundPlan, stage: Stage) -> float:
     return by_stage[stage] / 1000
 
 
-def members_lost(state: State) -> frozenset[int]:
-    """Members that the session has given up on."""
-    return getattr(state, "lost", frozenset())
+def _messages(dealings: Mapping[int, Dealing]) -> dict[int, ShareKeys]:
+    return {index: dealing.message for index, dealing in dealings.items()}

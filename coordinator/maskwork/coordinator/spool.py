@@ -7,7 +7,6 @@ as there are slots (`UploadSlots`). A spool knows bytes and offsets; it does not
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -88,13 +87,11 @@ class Spool:
         self.path.unlink(missing_ok=True)
 
 
-@dataclass(slots=True)
 class UploadSlots:
     """Who may upload now, and who waits: at most `limit` at a time, first come first served."""
 
-    limit: int
-
-    def __post_init__(self) -> None:
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
         self._granted: set[int] = set()
         self._waiting: OrderedDict[int, None] = OrderedDict()
 

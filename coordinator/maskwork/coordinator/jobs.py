@@ -1,0 +1,172 @@
+"""What the coordinator does for researchers and operators: takes jobs in, tells about them, hands models out.
+
+Running a job is the driver's business. Nothing here trusts what was sent: the spec is validated, the model's header is
+read and its numbers are checked before a job exists.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from pathlib import Path
+
+from maskwork.coordinator.board import EventBoard
+from maskwork.coordinator.driver import round_event, summary
+from maskwork.coordinator.models import ModelStore
+from maskwork.coordinator.records import FIRST_ATTEMPT, FIRST_ROUND, JobRecord, JobState
+from maskwork.coordinator.store import Store
+from maskwork.job import JobSpec, parse_spec
+from maskwork.job_events import Dropped, JobDetails, JobEvent, JobSummary, PastAttempt, RoundCommitted
+from maskwork.net.status import Refusal, Refused
+from maskwork.tensors import ModelFileError, read_finite_vector
+
+
+class JobDesk:
+    """Jobs as their owners see them."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        models: ModelStore,
+        board: EventBoard,
+        max_model_bytes: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._models = models
+        self._board = board
+        self._max_model_bytes = max_model_bytes
+        self._clock = clock
+
+    async def submit(
+        self, spec_json: bytes, model_size: int, chunks: AsyncIterable[bytes], *, submitted_by: str
+    ) -> JobSummary:
+        """Take a job in and queue it.
+
+        Raises:
+            Refused: the spec or the model is not valid; the text says what to mend.
+            StoreError: it cannot be stored.
+        """
+        try:
+            spec = parse_spec(spec_json)
+        except ValueError as error:
+            raise Refused(Refusal.INVALID, f"the job is not valid: {error}") from error
+        if not 0 < model_size <= self._max_model_bytes:
+            raise Refused(Refusal.TOO_MUCH, f"a model has 1 to {self._max_model_bytes} bytes here, not {model_size}")
+        digest = await self._take_model(model_size, chunks)
+        record = self._record(spec, digest, submitted_by)
+        self._store.add_job(record)
+        return summary(record, at=self._clock())
+
+    async def _take_model(self, size: int, chunks: AsyncIterable[bytes]) -> bytes:
+        with self._models.incoming(max_bytes=size) as incoming:
+            async for chunk in chunks:
+                incoming.write(chunk)
+            if incoming.size != size:
+                raise Refused(Refusal.INVALID, f"the model has {incoming.size} bytes, {size} were announced")
+            digest = incoming.commit()
+        try:
+            read_finite_vector(self._models.path(digest))
+        except ModelFileError as error:
+            raise Refused(Refusal.INVALID, f"the initial model is not usable: {error}") from error
+        return digest
+
+    def _record(self, spec: JobSpec, model: bytes, submitted_by: str) -> JobRecord:
+        return JobRecord(
+            job_id=f"{spec.name}-{secrets.token_hex(4)}",
+            name=spec.name,
+            task=spec.task,
+            state=JobState.QUEUED,
+            rounds_total=spec.rounds,
+            next_round=FIRST_ROUND,
+            next_attempt=FIRST_ATTEMPT,
+            spec_json=spec.canonical_json().decode(),
+            submitted_by=submitted_by,
+            submitted_at=self._clock(),
+            initial_model=model,
+            current_model=model,
+        )
+
+    def list(self) -> tuple[JobSummary, ...]:
+        """Every job, in the order of submission."""
+        return tuple(summary(record, at=self._clock()) for record in self._store.jobs())
+
+    def details(self, job_id: str) -> JobDetails:
+        """One job with its rounds, attempts and drops.
+
+        Raises:
+            Refused: there is no such job.
+        """
+        record = self._find(job_id)
+        attempts = self._store.attempts(job_id)
+        drops = self._store.drops(job_id)
+        return JobDetails(
+            summary(record, at=self._clock()),
+            self._rounds(job_id),
+            tuple(
+                PastAttempt(
+                    a.round_number, a.attempt, "" if a.outcome is None else a.outcome.value, a.reason, a.opened_at
+                )
+                for a in attempts
+            ),
+            tuple(
+                Dropped(job_id, d.at, d.round_number, d.attempt, d.stage, d.participant, d.reason, d.detail)
+                for d in drops
+            ),
+        )
+
+    async def watch(self, job_id: str) -> AsyncIterator[JobEvent]:
+        """The job as it stands, its past rounds, the attempt going on, then what happens until it ends.
+
+        Raises:
+            Refused: there is no such job.
+        """
+        self._find(job_id)
+        with self._board.subscribe(job_id) as subscription:
+            yield summary(self._find(job_id), at=self._clock())
+            past = self._rounds(job_id)
+            for committed in past:
+                yield committed
+            if JobState(self._find(job_id).state) in _ENDED:
+                return
+            told = {committed.round_number for committed in past}
+            async for event in subscription:
+                if isinstance(event, RoundCommitted) and event.round_number in told:
+                    continue
+                yield event
+                if isinstance(event, JobSummary) and event.ended:
+                    return
+
+    def model(self, job_id: str, round_number: int) -> tuple[bytes, Path]:
+        """Digest and file of a committed model; round 0 means the newest.
+
+        Raises:
+            Refused: no such job or round.
+            StoreError: the file is missing or damaged.
+        """
+        record = self._find(job_id)
+        digest = record.current_model
+        if round_number:
+            by_round = {r.round_number: r.model for r in self._store.rounds(job_id)}
+            if round_number not in by_round:
+                raise Refused(Refusal.NOT_FOUND, f"job {job_id} has no committed round {round_number}")
+            digest = by_round[round_number]
+        return digest, self._models.path(digest)
+
+    def _rounds(self, job_id: str) -> tuple[RoundCommitted, ...]:
+        opened = {a.session_id: a.opened_at for a in self._store.attempts(job_id)}
+        return tuple(
+            round_event(committed, seconds=committed.committed_at - opened[committed.session_id])
+            for committed in self._store.rounds(job_id)
+        )
+
+    def _find(self, job_id: str) -> JobRecord:
+        record = self._store.job(job_id)
+        if record is None:
+            raise Refused(Refusal.NOT_FOUND, f"there is no job {job_id}")
+        return record
+
+
+_ENDED = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.ABORTED})

@@ -1,0 +1,118 @@
+"""The coordinator process: puts store, worker, driver and services together, and takes them apart in order.
+
+It holds no logic of its own. SIGTERM and SIGINT drain: the open session is given up (unless it can be resumed), streams
+are closed, everything committed is on the disk, and the process ends with 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from maskwork.coordinator.config import CoordinatorConfig
+from maskwork.coordinator.driver import Driver, Federation
+from maskwork.coordinator.guard import Guard
+from maskwork.coordinator.jobs import JobDesk
+from maskwork.coordinator.models import ModelStore
+from maskwork.coordinator.service import FederationService, JobService
+from maskwork.coordinator.store import Store
+from maskwork.errors import UserError
+from maskwork.net.diagnosis import check_own_files, load_private_key
+from maskwork.net.identity import IdentityFiles, Role, TrustRoots, load_certificate, to_der
+from maskwork.net.tls import SERVER_OPTIONS, server_credentials
+from maskwork.secagg.keys import SoftwareSigner
+from maskwork.wire.v1 import federation_pb2, federation_pb2_grpc, jobs_pb2, jobs_pb2_grpc
+from maskwork.worker import WorkerProcess
+
+import grpc  # isort: skip  # after maskwork.net.tls, which sets the TLS floor
+
+log = structlog.get_logger("maskwork.coordinator")
+
+DRAIN_S = 5.0
+
+
+async def serve(config: CoordinatorConfig) -> None:
+    """Run the coordinator until SIGTERM or SIGINT.
+
+    Raises:
+        UserError: a file, the address or the database is not usable; the text says which and what to do.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running(config) as (driver, address):
+        log.info("coordinator ready", listen=address, federation=driver.federation.name)
+        loop_task = asyncio.create_task(driver.run())
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait({loop_task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if loop_task.done():
+            loop_task.result()  # a failure of the loop ends the process with its error
+        log.info("coordinator drains")
+        loop_task.cancel()
+        await driver.stop()
+
+
+@asynccontextmanager
+async def running(config: CoordinatorConfig) -> AsyncIterator[tuple[Driver, str]]:
+    """The services on their port, with a driver whose loop the caller runs."""
+    files = IdentityFiles.in_directory(config.identity)
+    check_own_files(files, now=time.time(), role=Role.COORDINATOR)
+    roots = TrustRoots.from_file(files.ca)
+    own = roots.verify(to_der(load_certificate(files.cert)), now=time.time(), role=Role.COORDINATOR)
+    federation = Federation(own.identity.federation, own.der, SoftwareSigner(load_private_key(files.key)))
+    sessions = config.state / "sessions"
+    sessions.mkdir(parents=True, exist_ok=True)
+    models = ModelStore(config.state / "models")
+    with Store.open(config.database_url) as store:
+        async with WorkerProcess(name="aggregation", preload=("maskwork.coordinator.aggregation",)) as worker:
+            driver = Driver(
+                federation=federation,
+                store=store,
+                models=models,
+                worker=worker,
+                sessions=sessions,
+                max_uploads=config.max_uploads,
+            )
+            desk = JobDesk(store=store, models=models, board=driver.board, max_model_bytes=config.max_model_bytes)
+            server = grpc.aio.server(interceptors=[Guard(roots, federation.name)], options=SERVER_OPTIONS)
+            _register(server, driver, desk, max_downloads=config.max_downloads)
+            address = _bind(server, config.listen, files)
+            await server.start()
+            try:
+                yield driver, address
+            finally:
+                await server.stop(DRAIN_S)
+
+
+def _register(server: grpc.aio.Server, driver: Driver, desk: JobDesk, *, max_downloads: int) -> None:
+    federation_pb2_grpc.add_FederationServiceServicer_to_server(
+        FederationService(driver, max_downloads=max_downloads), server
+    )
+    jobs_pb2_grpc.add_JobServiceServicer_to_server(JobService(driver, desk), server)
+    health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
+    names = (
+        federation_pb2.DESCRIPTOR.services_by_name["FederationService"].full_name,
+        jobs_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
+        health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+        reflection.SERVICE_NAME,
+    )
+    reflection.enable_server_reflection(names, server)
+
+
+def _bind(server: grpc.aio.Server, listen: str, files: IdentityFiles) -> str:
+    host = listen.rpartition(":")[0]
+    try:
+        port = server.add_secure_port(listen, server_credentials(files))
+    except RuntimeError as error:
+        raise UserError(
+            f"cannot listen on {listen}: {error}. Is another coordinator running there? Change `listen` or stop it."
+        ) from error
+    return f"{host}:{port}"

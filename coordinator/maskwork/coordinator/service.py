@@ -1,0 +1,239 @@
+"""The gRPC services: they decode, hand over, and encode. They decide nothing.
+
+Ingress is a pipeline: size (gRPC's message limit), identity and role (`guard`), decoding (`codec`), then the driver's
+queue, where the right session and the right sender are looked at. Every wait has a bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from maskwork.coordinator.driver import (
+    Driver,
+    JobAborted,
+    Look,
+    PeerConnected,
+    PeerGone,
+    PeerMisbehaved,
+    PeerSaid,
+    UploadEnded,
+)
+from maskwork.coordinator.driver import summary as summary_of
+from maskwork.coordinator.guard import caller
+from maskwork.coordinator.jobs import JobDesk
+from maskwork.coordinator.peers import Peer
+from maskwork.coordinator.rounds import PresentSite
+from maskwork.coordinator.spool import UploadRefused
+from maskwork.net.status import Refusal, Refused
+from maskwork.net.tls import CHUNK_BYTES
+from maskwork.secagg.keys import Segment
+from maskwork.wire import codec, job_codec
+from maskwork.wire.codec import Hello, WireError
+from maskwork.wire.v1 import federation_pb2, federation_pb2_grpc, jobs_pb2, jobs_pb2_grpc
+
+import grpc  # isort: skip  # after maskwork.net.tls, which sets the TLS floor
+
+VERSIONS = (1,)
+HELLO_TIMEOUT_S = 10.0
+CHUNK_TIMEOUT_S = 60.0
+_SEGMENTS = {
+    federation_pb2.SEGMENT_UPDATE: Segment.UPDATE,
+    federation_pb2.SEGMENT_STATISTICS: Segment.STATISTICS,
+}
+
+ConnectContext = grpc.aio.ServicerContext[federation_pb2.ConnectRequest, federation_pb2.ConnectResponse]
+
+
+class FederationService(federation_pb2_grpc.FederationServiceServicer):
+    """What participants call."""
+
+    def __init__(self, driver: Driver, *, max_downloads: int) -> None:
+        self._driver = driver
+        self._downloads = asyncio.Semaphore(max_downloads)
+
+    async def Connect(
+        self, request_iterator: AsyncIterator[federation_pb2.ConnectRequest], context: ConnectContext
+    ) -> AsyncIterator[federation_pb2.ConnectResponse]:
+        """The control stream: greet, then carry messages both ways until either side ends it."""
+        requests = aiter(request_iterator)
+        peer = await self._greet(requests)
+        welcome = codec.Welcome(VERSIONS[0], self._driver.federation.certificate)
+        yield codec.encode_response(b"", welcome, 0)
+        await self._driver.post(PeerConnected(peer))
+        reader = asyncio.create_task(self._read(peer, requests))
+        try:
+            while (response := await peer.next_response()) is not None:
+                yield response
+        finally:
+            reader.cancel()
+            self._driver.post_soon(PeerGone(peer))
+
+    async def _greet(self, requests: AsyncIterator[federation_pb2.ConnectRequest]) -> Peer:
+        async with asyncio.timeout(HELLO_TIMEOUT_S):
+            first = await anext(requests, None)
+        hello = None if first is None else codec.decode_request(first)
+        if not isinstance(hello, Hello):
+            raise Refused(Refusal.INVALID, "a control stream begins with Hello")
+        if not set(hello.versions) & set(VERSIONS):
+            raise Refused(Refusal.NOT_NOW, f"this coordinator speaks protocol versions {VERSIONS}")
+        certificate = caller()
+        site = PresentSite(certificate.name, certificate.fingerprint, frozenset(hello.tasks))
+        return Peer(site, certificate.der, hello.active_session)
+
+    async def _read(self, peer: Peer, requests: AsyncIterator[federation_pb2.ConnectRequest]) -> None:
+        try:
+            async for request in requests:
+                message = codec.decode_request(request)
+                if isinstance(message, Hello):
+                    raise WireError("a second Hello")
+                await self._driver.post(PeerSaid(peer, request.session_id, message))
+        except WireError as error:
+            await self._driver.post(PeerMisbehaved(peer, str(error)))
+        finally:
+            peer.close()
+
+    async def Upload(
+        self,
+        request_iterator: AsyncIterator[federation_pb2.UploadRequest],
+        context: grpc.aio.ServicerContext[federation_pb2.UploadRequest, federation_pb2.UploadResponse],
+    ) -> federation_pb2.UploadResponse:
+        """One upload, or the rest of one."""
+        requests = aiter(request_iterator)
+        chunk = await _next(requests)
+        if chunk is None:
+            raise Refused(Refusal.INVALID, "an upload without a chunk")
+        certificate = caller()
+        site = PresentSite(certificate.name, certificate.fingerprint, frozenset())
+        place = self._driver.spool_for(site, chunk.session_id)
+        if place is None:
+            raise Refused(Refusal.NOT_NOW, "no upload is due from this participant in that session")
+        session, (spool, member) = chunk.session_id, place
+        try:
+            with spool:
+                while chunk is not None:
+                    if chunk.session_id != session or chunk.segment not in _SEGMENTS:
+                        raise UploadRefused("a chunk of another session or segment")
+                    spool.write(_SEGMENTS[chunk.segment], chunk.offset, chunk.data)
+                    chunk = await _next(requests)
+        except UploadRefused as error:
+            raise Refused(Refusal.INVALID, "the chunk does not continue the upload") from error
+        finally:
+            self._driver.post_soon(UploadEnded(session, member))
+        return federation_pb2.UploadResponse(received=spool.received)
+
+    async def Download(
+        self,
+        request: federation_pb2.DownloadRequest,
+        context: grpc.aio.ServicerContext[federation_pb2.DownloadRequest, federation_pb2.DownloadResponse],
+    ) -> AsyncIterator[federation_pb2.DownloadResponse]:
+        """The global model or the certificates of the open session, from an offset."""
+        source = self._driver.download(request.digest)
+        if source is None:
+            raise Refused(Refusal.NOT_FOUND, "nothing of that digest belongs to an open session")
+        async with self._downloads:
+            if isinstance(source, Path):
+                with source.open("rb") as file:
+                    file.seek(request.offset)
+                    offset = request.offset
+                    while data := file.read(CHUNK_BYTES):
+                        yield federation_pb2.DownloadResponse(offset=offset, data=data)
+                        offset += len(data)
+            else:
+                for offset in range(request.offset, len(source), CHUNK_BYTES):
+                    yield federation_pb2.DownloadResponse(offset=offset, data=source[offset : offset + CHUNK_BYTES])
+
+
+async def _next(requests: AsyncIterator[federation_pb2.UploadRequest]) -> federation_pb2.UploadRequest | None:
+    async with asyncio.timeout(CHUNK_TIMEOUT_S):
+        return await anext(requests, None)
+
+
+class JobService(jobs_pb2_grpc.JobServiceServicer):
+    """What operators, researchers and auditors call."""
+
+    def __init__(self, driver: Driver, desk: JobDesk) -> None:
+        self._driver = driver
+        self._desk = desk
+
+    async def SubmitJob(
+        self,
+        request_iterator: AsyncIterator[jobs_pb2.SubmitJobRequest],
+        context: grpc.aio.ServicerContext[jobs_pb2.SubmitJobRequest, jobs_pb2.SubmitJobResponse],
+    ) -> jobs_pb2.SubmitJobResponse:
+        """Header first, then the initial model in chunks."""
+        requests = aiter(request_iterator)
+        async with asyncio.timeout(HELLO_TIMEOUT_S):
+            first = await anext(requests, None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise Refused(Refusal.INVALID, "a submission begins with the job's header")
+        submitted = await self._desk.submit(
+            first.header.spec_json,
+            first.header.model_size,
+            _model_chunks(requests),
+            submitted_by=caller().identity.uri,
+        )
+        await self._driver.post(Look())
+        return jobs_pb2.SubmitJobResponse(job_id=submitted.job_id)
+
+    async def ListJobs(
+        self,
+        request: jobs_pb2.ListJobsRequest,
+        context: grpc.aio.ServicerContext[jobs_pb2.ListJobsRequest, jobs_pb2.ListJobsResponse],
+    ) -> jobs_pb2.ListJobsResponse:
+        """Every job."""
+        return jobs_pb2.ListJobsResponse(jobs=[job_codec.encode_job(job) for job in self._desk.list()])
+
+    async def GetJob(
+        self,
+        request: jobs_pb2.GetJobRequest,
+        context: grpc.aio.ServicerContext[jobs_pb2.GetJobRequest, jobs_pb2.GetJobResponse],
+    ) -> jobs_pb2.GetJobResponse:
+        """One job with its history."""
+        return job_codec.encode_details(self._desk.details(request.job_id))
+
+    async def WatchJob(
+        self,
+        request: jobs_pb2.WatchJobRequest,
+        context: grpc.aio.ServicerContext[jobs_pb2.WatchJobRequest, jobs_pb2.WatchJobResponse],
+    ) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
+        """A job's past rounds, then what happens."""
+        async for event in self._desk.watch(request.job_id):
+            yield job_codec.encode_event(event)
+
+    async def AbortJob(
+        self,
+        request: jobs_pb2.AbortJobRequest,
+        context: grpc.aio.ServicerContext[jobs_pb2.AbortJobRequest, jobs_pb2.AbortJobResponse],
+    ) -> jobs_pb2.AbortJobResponse:
+        """End a job; what is committed stays."""
+        done = asyncio.get_running_loop().create_future()
+        await self._driver.post(JobAborted(request.job_id, caller().identity.uri, done))
+        record = await done
+        if record is None:
+            raise Refused(Refusal.NOT_FOUND, f"there is no job {request.job_id}")
+        return jobs_pb2.AbortJobResponse(job=job_codec.encode_job(summary_of(record, at=0.0)))
+
+    async def ExportModel(
+        self,
+        request: jobs_pb2.ExportModelRequest,
+        context: grpc.aio.ServicerContext[jobs_pb2.ExportModelRequest, jobs_pb2.ExportModelResponse],
+    ) -> AsyncIterator[jobs_pb2.ExportModelResponse]:
+        """A committed model, in chunks."""
+        digest, path = self._desk.model(request.job_id, request.round_number)
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            while data := file.read(CHUNK_BYTES):
+                yield jobs_pb2.ExportModelResponse(digest=digest, size=size, data=data)
+
+
+async def _model_chunks(requests: AsyncIterator[jobs_pb2.SubmitJobRequest]) -> AsyncIterator[bytes]:
+    while True:
+        async with asyncio.timeout(CHUNK_TIMEOUT_S):
+            request = await anext(requests, None)
+        if request is None:
+            return
+        if request.WhichOneof("part") != "model":
+            raise Refused(Refusal.INVALID, "after the header come only chunks of the model")
+        yield request.model

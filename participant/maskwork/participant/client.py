@@ -1,0 +1,223 @@
+"""The connection to the coordinator: one control stream, kept up; uploads and downloads beside it.
+
+It dials out, verifies that the other side holds a coordinator's certificate, hands every message to the driver as it
+came, and reconnects with jittered backoff. It decides nothing and remembers nothing of a session: what was not answered
+when a connection broke is asked again by the coordinator, and answered again to the letter by the protocol core.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+import structlog
+
+from maskwork.net.diagnosis import explain_connection_failure, probe_server
+from maskwork.net.identity import IdentityFiles, Role, TrustRoots, VerifiedCertificate
+from maskwork.net.tls import CHANNEL_OPTIONS, CHUNK_BYTES, channel_credentials
+from maskwork.secagg.keys import Segment
+from maskwork.wire import codec
+from maskwork.wire.codec import Hello, Request, Welcome, WireError
+from maskwork.wire.v1 import federation_pb2, federation_pb2_grpc
+
+import grpc  # isort: skip  # after maskwork.net.tls, which sets the TLS floor
+
+log = structlog.get_logger("maskwork.participant")
+
+FIRST_BACKOFF_S = 0.2
+LONGEST_BACKOFF_S = 5.0
+BACKOFF_GROWTH = 1.7
+WELCOME_TIMEOUT_S = 15.0
+_SEGMENTS = {Segment.UPDATE: federation_pb2.SEGMENT_UPDATE, Segment.STATISTICS: federation_pb2.SEGMENT_STATISTICS}
+
+
+class TransferError(Exception):
+    """A download or upload broke or was refused; the text says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUp:
+    """The control stream is open and the other side is a coordinator."""
+
+    coordinator: VerifiedCertificate
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDown:
+    """The control stream ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A message of the coordinator, not yet decoded: its bitmaps need the roster that the session's plan names."""
+
+    response: federation_pb2.ConnectResponse = field(repr=False)
+
+
+LinkEvent: TypeAlias = LinkUp | LinkDown | Said
+
+
+class CoordinatorLink:
+    """Keeps a control stream to the coordinator."""
+
+    def __init__(
+        self,
+        target: str,
+        files: IdentityFiles,
+        roots: TrustRoots,
+        *,
+        federation: str,
+        tasks: tuple[str, ...],
+        active_session: Callable[[], bytes],
+        inbox: asyncio.Queue[object],
+    ) -> None:
+        self._target = target
+        self._files = files
+        self._roots = roots
+        self._federation = federation
+        self._tasks = tasks
+        self._active_session = active_session
+        self._inbox = inbox
+        self._greeted = False
+        self._stub: federation_pb2_grpc.FederationServiceAsyncStub | None = None
+        self._outbox: asyncio.Queue[federation_pb2.ConnectRequest | None] | None = None
+
+    async def run(self) -> None:
+        """Connect, serve, reconnect, until cancelled."""
+        backoff = FIRST_BACKOFF_S
+        while True:
+            self._greeted = False
+            try:
+                await self._connection()
+            except (grpc.aio.AioRpcError, WireError, ValueError, TimeoutError) as error:
+                await self._explain(error)
+            finally:
+                self._outbox = None
+            if self._greeted:
+                backoff = FIRST_BACKOFF_S
+            # Jitter spreads a federation's reconnects after the coordinator restarts; it needs no secrecy.
+            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311
+            backoff = min(LONGEST_BACKOFF_S, backoff * BACKOFF_GROWTH)
+
+    def send(self, session: bytes, message: Request) -> None:
+        """Send a message if connected; if not, the coordinator asks again once we are back."""
+        if self._outbox is not None:
+            self._outbox.put_nowait(codec.encode_request(session, message))
+
+    async def download(self, digest: bytes, size: int, path: Path) -> None:
+        """Fetch something content-addressed into `path`, going on where an earlier try stopped.
+
+        Raises:
+            TransferError: it broke, is longer than announced, or has another digest (then `path` is removed).
+        """
+        path.touch(mode=0o600)
+        with path.open("r+b", buffering=0) as file:
+            offset = file.seek(0, os.SEEK_END)
+            try:
+                call = self._service().Download(federation_pb2.DownloadRequest(digest=digest, offset=offset))
+                async for chunk in call:
+                    if chunk.offset != offset or offset + len(chunk.data) > size:
+                        raise TransferError("a download went out of step with what was announced")
+                    file.write(chunk.data)
+                    offset += len(chunk.data)
+            except grpc.aio.AioRpcError as error:
+                raise TransferError(f"a download broke at {offset} of {size} bytes: {error.details()}") from error
+        if offset != size or await asyncio.to_thread(_digest, path) != digest:
+            path.unlink()
+            raise TransferError("what was downloaded is not what the plan names")
+
+    async def upload(self, session: bytes, update_fd: int, statistics: bytes, offsets: tuple[int, int]) -> int:
+        """Stream both segments from their offsets; returns how many bytes the coordinator holds.
+
+        Raises:
+            TransferError: it broke or was refused.
+        """
+        try:
+            response = await self._service().Upload(_chunks(session, update_fd, statistics, offsets))
+        except grpc.aio.AioRpcError as error:
+            raise TransferError(f"an upload broke: {error.details()}") from error
+        return int(response.received)
+
+    def _service(self) -> federation_pb2_grpc.FederationServiceAsyncStub:
+        if self._stub is None:
+            raise TransferError("not connected to the coordinator")
+        return self._stub
+
+    async def _connection(self) -> None:
+        async with grpc.aio.secure_channel(
+            self._target, channel_credentials(self._files), options=CHANNEL_OPTIONS
+        ) as channel:
+            stub: federation_pb2_grpc.FederationServiceAsyncStub = federation_pb2_grpc.FederationServiceStub(channel)
+            outbox: asyncio.Queue[federation_pb2.ConnectRequest | None] = asyncio.Queue()
+            hello = Hello((1,), "maskwork", self._tasks, self._active_session())
+            outbox.put_nowait(codec.encode_request(hello.active_session, hello))
+            call = stub.Connect(_requests(outbox))
+            responses = aiter(call)
+            async with asyncio.timeout(WELCOME_TIMEOUT_S):
+                first = await anext(responses)
+            coordinator = self._verify(codec.decode_response(first, 0))
+            self._stub, self._outbox, self._greeted = stub, outbox, True
+            await self._inbox.put(LinkUp(coordinator))
+            try:
+                async for response in responses:
+                    await self._inbox.put(Said(response))
+            finally:
+                self._stub = self._outbox = None
+                outbox.put_nowait(None)
+                await self._inbox.put(LinkDown())
+
+    def _verify(self, welcome: codec.Response) -> VerifiedCertificate:
+        if not isinstance(welcome, Welcome):
+            raise WireError("the coordinator's first message is no Welcome")
+        if welcome.version != 1:
+            raise WireError(f"the coordinator chose protocol version {welcome.version}, which was not offered")
+        return self._roots.verify(
+            welcome.coordinator_certificate, now=time.time(), role=Role.COORDINATOR, federation=self._federation
+        )
+
+    async def _explain(self, error: Exception) -> None:
+        if not isinstance(error, grpc.aio.AioRpcError):
+            log.error("connection refused by this site", detail=str(error))
+            return
+        reason = error.details() or error.code().name
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            probed = await asyncio.to_thread(probe_server, self._files, self._target)
+            reason = explain_connection_failure(
+                self._files, self._target, now=time.time(), role=Role.PARTICIPANT, reason=probed
+            )
+        log.warning("not connected", coordinator=self._target, detail=reason)
+
+
+async def _requests(
+    outbox: asyncio.Queue[federation_pb2.ConnectRequest | None],
+) -> AsyncIterator[federation_pb2.ConnectRequest]:
+    while (request := await outbox.get()) is not None:
+        yield request
+
+
+async def _chunks(
+    session: bytes, update_fd: int, statistics: bytes, offsets: tuple[int, int]
+) -> AsyncIterator[federation_pb2.UploadRequest]:
+    update_offset, statistics_offset = offsets
+    while data := os.pread(update_fd, CHUNK_BYTES, update_offset):
+        yield federation_pb2.UploadRequest(
+            session_id=session, segment=_SEGMENTS[Segment.UPDATE], offset=update_offset, data=data
+        )
+        update_offset += len(data)
+    while data := statistics[statistics_offset : statistics_offset + CHUNK_BYTES]:
+        yield federation_pb2.UploadRequest(
+            session_id=session, segment=_SEGMENTS[Segment.STATISTICS], offset=statistics_offset, data=data
+        )
+        statistics_offset += len(data)
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

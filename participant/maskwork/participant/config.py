@@ -1,0 +1,71 @@
+"""A site's configuration file: TOML, every key checked, unknown keys refused with the nearest known one."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from maskwork.errors import UserError
+from maskwork.job import Section, explain
+
+Option = str | int | float | bool | None | tuple[str, ...]
+
+
+class TaskConfig(Section):
+    """The code and the data behind one task name.
+
+    Attributes:
+        use: import path of the site's Task, "package.module:ClassName".
+        options: passed to it by name.
+        threads: torch threads for training; results depend on it.
+    """
+
+    use: str
+    options: dict[str, Option] = Field(default_factory=dict)
+    threads: int = Field(default=1, ge=1, le=1024)
+
+
+class ParticipantConfig(Section):
+    """What `maskwork participant run` reads.
+
+    Attributes:
+        coordinator: address that the agent dials, HOST:PORT.
+        identity: directory with ca.pem, cert.pem and key.pem of this site.
+        state: directory for the site's durable records; losing it means losing the memory of what was released.
+        policy: the site's policy file; absent: the strict default.
+        seed: from it, the job, the round and the site's name the training seed is derived.
+        tasks: by the name that jobs use.
+        log_level: debug, info, warning or error.
+    """
+
+    coordinator: str = Field(pattern=r"^.+:\d{1,5}$")
+    identity: Path
+    state: Path
+    policy: Path | None = None
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    tasks: dict[str, TaskConfig]
+    log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
+
+
+def read_config(path: Path) -> ParticipantConfig:
+    """Read and check a configuration file; paths in it are relative to it.
+
+    Raises:
+        UserError: unreadable, no TOML, or invalid; the text names the file and the key.
+    """
+    try:
+        config = ParticipantConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a configuration file: {error}") from error
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, ParticipantConfig)}") from error
+    base = path.parent
+    return config.model_copy(
+        update={
+            "identity": base / config.identity,
+            "state": base / config.state,
+            "policy": None if config.policy is None else base / config.policy,
+        }
+    )

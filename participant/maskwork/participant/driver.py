@@ -1,0 +1,545 @@
+"""The participant's only loop: takes what happened from one queue, steps the pure parts, performs their effects.
+
+Training, masking and transfers run beside it and report back through the same queue, so the control stream always
+answers. What must be durable (`RecordAttempt`, `RecordRelease`) is in the ledger before what it guards is sent.
+
+It decides nothing about the protocol (`maskwork.secagg.client` does) or about offers (`agent` and the policy do).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias, assert_never
+
+import structlog
+
+from maskwork.errors import UserError
+from maskwork.net.identity import ParticipantVerifier, VerifiedCertificate
+from maskwork.participant import training_calls
+from maskwork.participant.agent import check_offer
+from maskwork.participant.client import CoordinatorLink, LinkDown, LinkUp, Said, TransferError
+from maskwork.participant.config import TaskConfig
+from maskwork.participant.ledger import Ledger, SignedPlan, StaleAttempt
+from maskwork.participant.policy import Policy
+from maskwork.participant.training_calls import MaskRequest, MaskResult, TrainRequest, TrainSummary
+from maskwork.secagg import client as protocol
+from maskwork.secagg import client_states as core
+from maskwork.secagg import keys
+from maskwork.secagg.errors import AbortReason, DeclineCode, PlanRefused
+from maskwork.secagg.keys import Signer
+from maskwork.secagg.masking import MaskingKeys
+from maskwork.secagg.messages import Decline, Proposal, SessionClosed
+from maskwork.secagg.plan import RoundPlan, session_id
+from maskwork.task import TrainingConfig, training_seed
+from maskwork.wire import codec
+from maskwork.wire.codec import OpenSession, UploadGrant, UploadReady, WireError
+from maskwork.wire.v1 import federation_pb2
+from maskwork.worker import WorkerDied, WorkerFault, WorkerProcess
+
+log = structlog.get_logger("maskwork.participant")
+
+DOWNLOAD_TRIES = 5
+DOWNLOAD_PAUSE_S = 0.5
+
+
+# --- what can happen ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """The model and the certificates of an offer are here."""
+
+    session: bytes
+    certificates: tuple[bytes, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Local training ended well."""
+
+    session: bytes
+    summary: TrainSummary = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """The masked update is in its file."""
+
+    session: bytes
+    result: MaskResult = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """The coordinator holds this many bytes of the upload; the stream ended, or broke (None)."""
+
+    session: bytes
+    received: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Something that a session needed went wrong at this site."""
+
+    session: bytes
+    reason: AbortReason
+    detail: str
+
+
+Happening: TypeAlias = LinkUp | LinkDown | Said | Fetched | Trained | Masked | Uploaded | Failed
+
+
+@dataclass(eq=False, slots=True)
+class Work:
+    """What this site does for one session, from the offer to the end.
+
+    Attributes:
+        id: the session.
+        offer: what was offered.
+        config: the training config, checked.
+        folder: model, certificates and masked update; deleted at the end.
+        state: the protocol's state; None until the model is here.
+        trained: whether the worker holds the update.
+        mask_keys: once the shares were checked.
+        update: descriptor of the masked update's file, which has no name any more.
+    """
+
+    id: bytes
+    offer: OpenSession
+    config: TrainingConfig
+    folder: Path
+    state: core.State | None = None
+    trained: bool = False
+    mask_keys: MaskingKeys | None = field(default=None, repr=False)
+    update: int | None = None
+    statistics: bytes = field(default=b"", repr=False)
+    uploading: bool = False
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def plan(self) -> RoundPlan:
+        """The plan."""
+        return self.offer.proposal.plan
+
+    @property
+    def model(self) -> Path:
+        """Where the global model is."""
+        return self.folder / "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class SiteIdentity:
+    """Who this participant is."""
+
+    federation: str
+    name: str
+    fingerprint: bytes
+    signer: Signer = field(repr=False)
+    verifier: ParticipantVerifier
+
+
+class Driver:
+    """Runs one participant."""
+
+    def __init__(
+        self,
+        *,
+        identity: SiteIdentity,
+        ledger: Ledger,
+        policy: Policy,
+        tasks: Mapping[str, TaskConfig],
+        seed: int,
+        scratch: Path,
+        clock: Callable[[], float] = time.time,
+        entropy: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        self._identity = identity
+        self._ledger = ledger
+        self._policy = policy
+        self._seed = seed
+        self._scratch = scratch
+        self._clock = clock
+        self._entropy = entropy
+        self._tasks = tasks
+        self._workers: dict[str, WorkerProcess] = {}
+        self._coordinator: VerifiedCertificate | None = None
+        self._work: Work | None = None
+        self.inbox: asyncio.Queue[object] = asyncio.Queue(256)
+        self.link: CoordinatorLink | None = None
+
+    def active_session(self) -> bytes:
+        """The session that this participant is in, for the Hello of a new connection; empty for none."""
+        work = self._work
+        if work is None or work.state is None or isinstance(work.state, core.Completed | core.Aborted):
+            return b""
+        return work.id
+
+    async def prepare(self) -> None:
+        """Start every task's worker and load the site's data, so that mistakes show now and rounds start warm.
+
+        Raises:
+            UserError: a task or its data is not usable.
+        """
+        for name, task in self._tasks.items():
+            setup = partial(training_calls.configure, task.use, task.options, task.threads)
+            worker = WorkerProcess(name=f"training {name}", preload=training_calls.PRELOAD, setup=setup)
+            self._workers[name] = worker
+            await worker.start()
+            log.info("task ready", task=name)
+
+    async def run(self) -> None:
+        """Handle one event after the other until cancelled."""
+        while True:
+            happening = await self.inbox.get()
+            await self._handle(happening)  # type: ignore[arg-type]  # only Happenings are put there
+
+    async def close(self) -> None:
+        """Leave the session, end the workers."""
+        if self._work is not None:
+            self._step(core.LocalFailure(AbortReason.CANCELLED, "the participant stops"))
+        for worker in self._workers.values():
+            await worker.close()
+
+    async def _handle(self, happening: Happening) -> None:
+        match happening:
+            case LinkUp(coordinator):
+                self._coordinator = coordinator
+                log.info("connected", coordinator=coordinator.name)
+                self._offer_upload()
+            case LinkDown():
+                log.warning("connection lost")
+            case Said(response):
+                self._said(response)
+            case Fetched():
+                self._fetched(happening)
+            case Trained():
+                self._trained(happening)
+            case Masked():
+                self._masked(happening)
+            case Uploaded():
+                self._uploaded(happening)
+            case Failed(session, reason, detail):
+                if self._current(session):
+                    self._fail(reason, detail)
+            case _:
+                assert_never(happening)
+
+    def _current(self, session: bytes) -> Work | None:
+        work = self._work
+        return work if work is not None and work.id == session else None
+
+    # --- messages -------------------------------------------------------------------------------------------------
+
+    def _said(self, response: federation_pb2.ConnectResponse) -> None:
+        work = self._current(response.session_id)
+        try:
+            message = codec.decode_response(response, 0 if work is None else work.plan.cohort)
+        except WireError as error:
+            log.error("malformed message of the coordinator", detail=str(error))
+            if work is not None:
+                self._fail(AbortReason.UNEXPECTED_MESSAGE, str(error))
+            return
+        match message:
+            case OpenSession():
+                self._offered(response.session_id, message)
+            case UploadGrant(update_offset, statistics_offset):
+                if work is not None:
+                    self._start_upload(work, (update_offset, statistics_offset))
+            case codec.Welcome():
+                log.error("a second Welcome")
+            case _ if work is not None:
+                if isinstance(message, SessionClosed):
+                    log.info("session closed", released=message.released, phrase=message.phrase)
+                if work.state is None and isinstance(message, SessionClosed):
+                    self._end()  # closed while the model was still being fetched
+                elif work.state is not None:
+                    self._step(message)
+
+    def _send(self, session: bytes, message: codec.Request) -> None:
+        if self.link is not None:
+            self.link.send(session, message)
+
+    # --- offers ---------------------------------------------------------------------------------------------------
+
+    def _offered(self, session: bytes, offer: OpenSession) -> None:
+        plan = offer.proposal.plan
+        if session != session_id(offer.proposal.plan_bytes):
+            log.error("an offer under another session's id")
+            return
+        if (current := self._current(session)) is not None:
+            self._repeat_answer(current)
+            return
+        if self._work is not None:  # the coordinator has given up the session before; so do we
+            self._abandon()
+        highest = self._ledger.highest_attempt(self._identity.federation, plan.job)
+        try:
+            config = check_offer(
+                offer,
+                federation=self._identity.federation,
+                tasks=self._tasks,
+                policy=self._policy,
+                highest=highest,
+            )
+        except PlanRefused as refused:
+            self._decline(session, offer.proposal, refused)
+            return
+        folder = self._scratch / session.hex()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        work = self._work = Work(session, offer, config, folder)
+        log.info("plan accepted", job=plan.job, round=plan.round_number, attempt=plan.attempt, cohort=plan.cohort)
+        self._spawn(work, self._fetch(work), AbortReason.WRONG_MODEL)
+
+    def _repeat_answer(self, work: Work) -> None:
+        if isinstance(work.state, core.AdvertisedKeys):
+            self._send(work.id, work.state.sent)
+
+    def _decline(self, session: bytes, proposal: Proposal, refused: PlanRefused) -> None:
+        plan = proposal.plan
+        log.warning("plan declined", job=plan.job, round=plan.round_number, code=refused.code, detail=refused.detail)
+        self._send(session, Decline(refused.code, refused.detail[:500]))
+        if refused.code is DeclineCode.BAD_PLAN:
+            return  # its signature is not known to be the coordinator's: it proves nothing
+        self._ledger.record_refused_plan(
+            SignedPlan(
+                plan.federation,
+                plan.job,
+                plan.round_number,
+                plan.attempt,
+                session,
+                proposal.plan_bytes,
+                proposal.signature,
+                self._clock(),
+                refused.detail,
+            )
+        )
+
+    async def _fetch(self, work: Work) -> None:
+        assert self.link is not None
+        offer, bundle = work.offer, work.folder / "certificates"
+        for attempt in range(DOWNLOAD_TRIES):
+            try:
+                await self.link.download(work.plan.model_digest, offer.model_size, work.model)
+                await self.link.download(offer.certificates_digest, offer.certificates_size, bundle)
+                break
+            except TransferError as error:
+                if attempt == DOWNLOAD_TRIES - 1:
+                    raise
+                log.warning("download interrupted", detail=str(error))
+                await asyncio.sleep(DOWNLOAD_PAUSE_S * 2**attempt)
+        certificates = codec.decode_certificates(bundle.read_bytes(), offer.certificates_digest, work.plan.cohort)
+        await self.inbox.put(Fetched(work.id, certificates))
+
+    def _fetched(self, fetched: Fetched) -> None:
+        work = self._current(fetched.session)
+        if work is None or self._coordinator is None:
+            return
+        plan, identity = work.plan, self._identity
+        site = core.Site(
+            name=identity.name,
+            fingerprint=identity.fingerprint,
+            signer=identity.signer,
+            verifier=identity.verifier,
+            certificates=dict(enumerate(fetched.certificates)),
+            coordinator_key=self._coordinator.public_key,
+            model_digest=plan.model_digest,  # `download` compared the file's digest with the plan's
+            rules=core.SiteRules(
+                min_survivors=self._policy.min_survivors,
+                min_survivor_difference=self._policy.min_survivor_difference,
+                released=self._ledger.releases(identity.federation, plan.model_digest),
+                highest_attempt=self._ledger.highest_attempt(identity.federation, plan.job),
+            ),
+        )
+        try:
+            started = protocol.begin(work.offer.proposal, site=site, rand=self._entropy(keys.SESSION_SEED_BYTES))
+            work.state = started.state
+            self._perform(work, started)
+        except PlanRefused as refused:
+            self._decline(work.id, work.offer.proposal, refused)
+            self._end()
+        except StaleAttempt as stale:
+            self._decline(work.id, work.offer.proposal, PlanRefused(DeclineCode.STALE_ATTEMPT, str(stale)))
+            self._end()
+
+    # --- the protocol ---------------------------------------------------------------------------------------------
+
+    def _step(self, event: core.Event) -> None:
+        work = self._work
+        if work is None or work.state is None:
+            return
+        following = protocol.step(work.state, event, now=self._clock())
+        work.state = following.state
+        if isinstance(following.state, core.Aborted):
+            log.warning("session aborted", reason=following.state.reason.value, detail=following.state.detail)
+        self._perform(work, following)
+
+    def _perform(self, work: Work, step: core.Step) -> None:
+        for effect in step.effects:
+            match effect:
+                case core.RecordAttempt():
+                    self._record_attempt(work, effect)
+                case core.RecordRelease():
+                    self._record_release(work, effect)
+                case core.Send(message):
+                    self._send(work.id, message)
+                case core.StartTraining():
+                    self._spawn(work, self._train(work), AbortReason.TRAINING_FAILED)
+                case core.MaskUpdate(mask_keys):
+                    work.mask_keys = mask_keys
+                    self._mask_when_ready(work)
+                case core.UploadUpdate():
+                    self._offer_upload()
+                case core.EndSession():
+                    self._end()
+                case _:
+                    assert_never(effect)
+
+    def _record_attempt(self, work: Work, record: core.RecordAttempt) -> None:
+        plan = work.plan
+        self._ledger.record_attempt(
+            plan.federation,
+            plan.job,
+            plan.round_number,
+            attempt=plan.attempt,
+            session_id=record.session,
+            plan_bytes=record.plan_bytes,
+            plan_signature=record.plan_signature,
+            at=self._clock(),
+        )
+
+    def _record_release(self, work: Work, record: core.RecordRelease) -> None:
+        self._ledger.record_release(
+            work.plan.federation,
+            work.plan.job,
+            record.model_digest,
+            session_id=record.session,
+            survivors=record.survivors,
+            at=self._clock(),
+        )
+
+    def _fail(self, reason: AbortReason, detail: str) -> None:
+        work = self._work
+        if work is not None and work.state is None:
+            log.warning("session abandoned", reason=reason.value, detail=detail)
+            self._send(work.id, Decline(DeclineCode.WRONG_MODEL, "the plan's model could not be fetched"))
+            self._end()
+        else:
+            self._step(core.LocalFailure(reason, detail))
+
+    def _abandon(self) -> None:
+        """Drop a session that the coordinator has replaced by another; nobody waits for a Withdraw any more."""
+        log.info("session superseded")
+        self._end()
+
+    def _end(self) -> None:
+        work, self._work = self._work, None
+        if work is None:
+            return
+        training = any(not task.done() for task in work.tasks)
+        for task in work.tasks:
+            task.cancel()
+        worker = self._workers[work.plan.task]
+        if training:
+            worker.kill()  # cancelled in the middle: the worker may hold half an update
+        elif work.trained:
+            asyncio.get_running_loop().create_task(_discard(worker, work.id))
+        if work.update is not None:
+            os.close(work.update)
+        shutil.rmtree(work.folder, ignore_errors=True)
+
+    # --- work beside the loop -------------------------------------------------------------------------------------
+
+    def _spawn(self, work: Work, job: Coroutine[None, None, None], reason: AbortReason) -> None:
+        async def guarded() -> None:
+            try:
+                await job
+            except (UserError, TransferError, WorkerDied, WorkerFault, ValueError, OSError) as error:
+                await self.inbox.put(Failed(work.id, reason, str(error)))
+
+        task = asyncio.get_running_loop().create_task(guarded())
+        work.tasks.add(task)
+        task.add_done_callback(work.tasks.discard)
+
+    async def _train(self, work: Work) -> None:
+        plan = work.plan
+        seed = training_seed(self._seed, job=plan.job, round_number=plan.round_number, participant=self._identity.name)
+        request = TrainRequest(work.id, work.model, plan.parameters, work.config, seed)
+        summary = await self._workers[plan.task].call(training_calls.train, request)
+        await self.inbox.put(Trained(work.id, summary))
+
+    def _trained(self, trained: Trained) -> None:
+        work = self._current(trained.session)
+        if work is None:
+            return
+        work.trained = True
+        log.info("trained", seconds=round(trained.summary.seconds, 3), round=work.plan.round_number)
+        self._mask_when_ready(work)
+
+    def _mask_when_ready(self, work: Work) -> None:
+        if work.trained and work.mask_keys is not None:
+            self._spawn(work, self._mask(work, work.mask_keys), AbortReason.ENCODING_REFUSED)
+            work.mask_keys = None
+
+    async def _mask(self, work: Work, mask_keys: MaskingKeys) -> None:
+        request = MaskRequest(
+            session_id=work.id,
+            encoding=work.plan.encoding,
+            keys=mask_keys,
+            rotation_seed=keys.rotation_seed(work.id),
+            statistics=work.plan.statistics,
+            output=work.folder / "update",
+        )
+        result = await self._workers[work.plan.task].call(training_calls.mask, request)
+        await self.inbox.put(Masked(work.id, result))
+
+    def _masked(self, masked: Masked) -> None:
+        work = self._current(masked.session)
+        if work is None:
+            return
+        path = work.folder / "update"
+        work.update, work.statistics = os.open(path, os.O_RDONLY | os.O_CLOEXEC), masked.result.statistics
+        path.unlink()
+        if masked.result.clamped:
+            log.info("coordinates clamped", count=masked.result.clamped)
+        self._step(core.UpdateMasked())
+
+    def _offer_upload(self) -> None:
+        work = self._work
+        if work is not None and isinstance(work.state, core.Uploading) and not work.uploading:
+            self._send(work.id, UploadReady())
+
+    def _start_upload(self, work: Work, offsets: tuple[int, int]) -> None:
+        if work.uploading or work.update is None or not isinstance(work.state, core.Uploading):
+            return
+        work.uploading = True
+        self._spawn(work, self._upload(work, work.update, offsets), AbortReason.CANCELLED)
+
+    async def _upload(self, work: Work, update: int, offsets: tuple[int, int]) -> None:
+        assert self.link is not None
+        try:
+            received: int | None = await self.link.upload(work.id, update, work.statistics, offsets)
+        except TransferError as error:
+            log.warning("upload interrupted", detail=str(error))
+            received = None
+        await self.inbox.put(Uploaded(work.id, received))
+
+    def _uploaded(self, uploaded: Uploaded) -> None:
+        work = self._current(uploaded.session)
+        if work is None:
+            return
+        work.uploading = False
+        if uploaded.received is None:
+            self._offer_upload()  # if the stream is down this is lost, and offered again when it is up
+
+
+async def _discard(worker: WorkerProcess, session: bytes) -> None:
+    try:
+        await worker.call(training_calls.discard, session)
+    except (WorkerDied, WorkerFault) as error:
+        log.warning("worker gone", detail=str(error))

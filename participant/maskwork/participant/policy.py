@@ -1,0 +1,106 @@
+"""What a site agrees to: a TOML file at the site, looked at before anything is done for a plan.
+
+The coordinator has no say in it. `Policy.decide` is the one mechanism: every rule is a line here, later ones are added
+here. What the protocol itself demands (thresholds, session binding) holds under any policy and is checked in the core.
+
+The default is strict: complete graph, at least one tolerated colluder, no second survivor set on one model.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from maskwork.errors import UserError
+from maskwork.job import Section, explain
+from maskwork.secagg.errors import DeclineCode
+from maskwork.secagg.graph import GraphKind
+from maskwork.secagg.plan import RoundPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One rule that a plan breaks; the detail is shown to the coordinator's operator."""
+
+    code: DeclineCode
+    detail: str
+
+
+class Policy(Section):
+    """A site's rules.
+
+    Attributes:
+        tasks: tasks that jobs may use here; empty: every configured one.
+        min_cohort: fewest members of a roster.
+        min_survivors: fewest members, verified by this site itself, over which a sum may be released.
+        min_colluders: fewest colluding share holders that a plan must tolerate.
+        sparse_graph: whether a neighbour graph may be used for large cohorts.
+        min_survivor_difference: on one model, in how many members a later survivor set must differ from an earlier
+            one; absent: only the same set is ever answered for.
+        max_rounds: most rounds of a job.
+        min_value_bits: coarsest encoding accepted.
+        max_value_bits: finest encoding accepted.
+        max_clip_norm: largest clip norm.
+        max_weight: most examples that this site may count for.
+        max_model_bytes: largest model that is downloaded.
+    """
+
+    tasks: tuple[str, ...] = ()
+    min_cohort: int = Field(default=3, ge=3)
+    min_survivors: int = Field(default=3, ge=3)
+    min_colluders: int = Field(default=1, ge=0)
+    sparse_graph: bool = False
+    min_survivor_difference: int | None = Field(default=None, ge=2)
+    max_rounds: int = Field(default=1_000_000, ge=1)
+    min_value_bits: int = Field(default=8, ge=2, le=32)
+    max_value_bits: int = Field(default=32, ge=2, le=32)
+    max_clip_norm: float = Field(default=1e9, gt=0)
+    max_weight: int = Field(default=2**31 - 1, ge=1)
+    max_model_bytes: int = Field(default=16 << 30, ge=1)
+
+    def decide(self, plan: RoundPlan) -> tuple[Refusal, ...]:
+        """Every rule that a plan breaks; none: the site takes part."""
+        return tuple(self._refusals(plan))
+
+    def _refusals(self, plan: RoundPlan) -> Iterator[Refusal]:
+        if self.tasks and plan.task not in self.tasks:
+            yield Refusal(DeclineCode.TASK, f"task {plan.task} is not among those allowed")
+        if plan.cohort < self.min_cohort:
+            yield Refusal(DeclineCode.COHORT_TOO_SMALL, f"cohort {plan.cohort} < {self.min_cohort}")
+        if plan.cohort < self.min_survivors:
+            yield Refusal(DeclineCode.TOO_FEW_SURVIVORS, f"cohort {plan.cohort} < survivors {self.min_survivors}")
+        if plan.graph.colluders < self.min_colluders:
+            yield Refusal(DeclineCode.COLLUDERS, f"tolerated colluders {plan.graph.colluders} < {self.min_colluders}")
+        if plan.graph.kind is GraphKind.SPARSE and not self.sparse_graph:
+            yield Refusal(DeclineCode.GRAPH, "the sparse graph is not allowed here")
+        if plan.rounds_total > self.max_rounds:
+            yield Refusal(DeclineCode.POLICY, f"rounds {plan.rounds_total} > {self.max_rounds}")
+        yield from self._encoding_refusals(plan)
+
+    def _encoding_refusals(self, plan: RoundPlan) -> Iterator[Refusal]:
+        encoding = plan.encoding
+        if not self.min_value_bits <= encoding.value_bits <= self.max_value_bits:
+            allowed = f"{self.min_value_bits}..{self.max_value_bits}"
+            yield Refusal(DeclineCode.ENCODING, f"value bits {encoding.value_bits} not within {allowed}")
+        if encoding.clip_norm > self.max_clip_norm:
+            yield Refusal(DeclineCode.ENCODING, f"clip norm {encoding.clip_norm:g} > {self.max_clip_norm:g}")
+        if encoding.weight_cap > self.max_weight:
+            yield Refusal(DeclineCode.ENCODING, f"weight cap {encoding.weight_cap} > {self.max_weight}")
+
+
+def read_policy(path: Path) -> Policy:
+    """Read and check a policy file.
+
+    Raises:
+        UserError: unreadable, no TOML, or invalid; the text names the file and the key.
+    """
+    try:
+        return Policy.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a policy: {error}") from error
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, Policy)}") from error

@@ -1,0 +1,166 @@
+"""A JobService in this process, on loopback with real mutual TLS: it plays scripts and remembers what it was sent."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from maskwork.job_events import JobDetails, JobEvent, JobSummary
+from maskwork.net import tls
+from maskwork.net.authority import Authority
+from maskwork.net.identity import IdentityFiles, Role, TrustRoots
+from maskwork.net.permissions import allowed
+from maskwork.wire.job_codec import encode_details, encode_event, encode_job
+from maskwork.wire.v1 import jobs_pb2
+
+# isort: split
+# Only now: gRPC reads its cipher suites while it is imported.
+import grpc
+
+from maskwork.wire.v1.jobs_pb2_grpc import JobServiceServicer, add_JobServiceServicer_to_server
+
+BREAK = "break"
+"""In a script of a watch: the connection breaks here."""
+EXPORT_CHUNK = 1 << 16
+EPOCH = 1_790_000_000.0
+
+Context = grpc.aio.ServicerContext[object, object]
+
+
+class Federation:
+    """A CA, a coordinator's certificate for localhost, and a researcher's identity directory."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.now = time.time()
+        self.authority = Authority.create("ward", now=self.now)
+        issued = self.authority.issue(Role.COORDINATOR, "main", now=self.now, dns_names=["localhost"])
+        self.coordinator = issued.write(home / "coordinator")
+        self.researcher = self.member(Role.RESEARCHER, "ada")
+
+    def member(self, role: Role, name: str) -> IdentityFiles:
+        return self.authority.issue(role, name, now=self.now).write(self.home / name)
+
+
+@dataclass
+class FakeJobService(JobServiceServicer):
+    """What it answers with is set by the test; what it was sent is read by it.
+
+    `watches` holds one script for each call of WatchJob, the last of which is played again and again.
+    """
+
+    roots: TrustRoots
+    jobs: list[JobSummary] = field(default_factory=list)
+    details: dict[str, JobDetails] = field(default_factory=dict)
+    watches: list[Sequence[JobEvent | str]] = field(default_factory=list)
+    model: bytes = b""
+    promised_digest: bytes | None = None
+    refuse_submit: str = ""
+    submitted_spec: bytes = b""
+    submitted_model: bytes = b""
+    chunk_sizes: list[int] = field(default_factory=list)
+    exported_rounds: list[int] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    watch_calls: int = 0
+
+    async def _admit(self, method: str, context: Context) -> None:
+        caller = tls.peer_identity(context, self.roots, now=time.time(), federation="ward")
+        if not allowed(f"/maskwork.wire.v1.JobService/{method}", caller.identity.role):
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "not permitted")
+
+    async def _known(self, job_id: str, context: Context) -> JobSummary:
+        for job in self.jobs:
+            if job.job_id == job_id:
+                return job
+        await context.abort(grpc.StatusCode.NOT_FOUND, "")
+        raise AssertionError
+
+    async def SubmitJob(
+        self, request_iterator: AsyncIterator[jobs_pb2.SubmitJobRequest], context: Context
+    ) -> jobs_pb2.SubmitJobResponse:
+        await self._admit("SubmitJob", context)
+        async for request in request_iterator:
+            if request.WhichOneof("part") == "header":
+                self.submitted_spec = request.header.spec_json
+                if self.refuse_submit:
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, self.refuse_submit)
+            else:
+                self.chunk_sizes.append(len(request.model))
+                self.submitted_model += request.model
+        return jobs_pb2.SubmitJobResponse(job_id=self.jobs[-1].job_id)
+
+    async def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: Context) -> jobs_pb2.ListJobsResponse:
+        await self._admit("ListJobs", context)
+        return jobs_pb2.ListJobsResponse(jobs=[encode_job(job) for job in self.jobs])
+
+    async def GetJob(self, request: jobs_pb2.GetJobRequest, context: Context) -> jobs_pb2.GetJobResponse:
+        await self._admit("GetJob", context)
+        job = await self._known(request.job_id, context)
+        return encode_details(self.details.get(job.job_id, JobDetails(job)))
+
+    async def WatchJob(
+        self, request: jobs_pb2.WatchJobRequest, context: Context
+    ) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
+        await self._admit("WatchJob", context)
+        await self._known(request.job_id, context)
+        script = self.watches[min(self.watch_calls, len(self.watches) - 1)]
+        self.watch_calls += 1
+        for step in script:
+            if isinstance(step, str):
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator is shutting down")
+            else:
+                yield encode_event(step)
+
+    async def AbortJob(self, request: jobs_pb2.AbortJobRequest, context: Context) -> jobs_pb2.AbortJobResponse:
+        await self._admit("AbortJob", context)
+        job = await self._known(request.job_id, context)
+        if job.ended:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"job {job.job_id} is {job.state} already")
+        self.aborted.append(job.job_id)
+        return jobs_pb2.AbortJobResponse(job=encode_job(summary(job.job_id, name=job.name, state="aborted")))
+
+    async def ExportModel(
+        self, request: jobs_pb2.ExportModelRequest, context: Context
+    ) -> AsyncIterator[jobs_pb2.ExportModelResponse]:
+        await self._admit("ExportModel", context)
+        await self._known(request.job_id, context)
+        self.exported_rounds.append(request.round_number)
+        digest = self.promised_digest or hashlib.sha256(self.model).digest()
+        yield jobs_pb2.ExportModelResponse(digest=digest, size=len(self.model))
+        for at in range(0, len(self.model), EXPORT_CHUNK):
+            yield jobs_pb2.ExportModelResponse(data=self.model[at : at + EXPORT_CHUNK])
+
+
+@asynccontextmanager
+async def serving(federation: Federation, service: FakeJobService, *, port: int = 0) -> AsyncIterator[str]:
+    """Serve until the block ends; gives the address to dial."""
+    server = grpc.aio.server(options=tls.SERVER_OPTIONS)
+    add_JobServiceServicer_to_server(service, server)
+    bound = server.add_secure_port(f"localhost:{port}", tls.server_credentials(federation.coordinator))
+    await server.start()
+    try:
+        yield f"localhost:{bound}"
+    finally:
+        await server.stop(None)
+
+
+def summary(
+    job_id: str = "3f9a1c", *, name: str = "digits", state: str = "running", committed: int = 0, total: int = 20
+) -> JobSummary:
+    """A job that Ada submitted."""
+    return JobSummary(
+        job_id=job_id,
+        at=EPOCH,
+        name=name,
+        task="digits",
+        state=state,
+        rounds_total=total,
+        rounds_committed=committed,
+        submitted_by="spiffe://ward/researcher/ada",
+        submitted_at=EPOCH,
+        model_digest=hashlib.sha256(job_id.encode()).digest(),
+    )

@@ -1,0 +1,206 @@
+"""Sessions on the neighbour graph: above 128 participants, k and t from the published search."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+from tests.secagg.harness import NOW, Federation, clean_run, make_plan, make_site
+
+from maskwork.secagg import client, server, server_states
+from maskwork.secagg.client_states import (
+    Aborted,
+    AdvertisedKeys,
+    Event,
+    SignedSets,
+    SiteRules,
+    State,
+    Uploading,
+    UploadUpdate,
+)
+from maskwork.secagg.errors import AbortReason, DropReason
+from maskwork.secagg.graph import GraphKind, window_pair_bound
+from maskwork.secagg.keys import ShareKind
+from maskwork.secagg.messages import (
+    AdvertiseKeys,
+    Advertisements,
+    ConsistencyCheck,
+    ShareKeys,
+    SurvivorSets,
+    SurvivorSignatures,
+    Unmask,
+)
+from maskwork.secagg.plan import GRAPH_SIGMA
+from maskwork.secagg.server_states import (
+    CollectingShares,
+    CollectingSignatures,
+    CollectingUpdates,
+    DeadlinePassed,
+    UploadCompleted,
+)
+
+N = 150
+ALL = frozenset(range(N))
+
+
+@cache
+def run_with_dropouts() -> Federation:
+    """One member gone before it advertised, one before it dealt, one before its upload, one after it."""
+    gone = {5: AdvertiseKeys, 17: ShareKeys, 60: UploadUpdate}
+    return Federation(make_plan(N), dies_before=gone, dies_after={99: UploadUpdate}).run()
+
+
+def ring() -> tuple[int, ...]:
+    return run_with_dropouts().opening(CollectingUpdates).graph.ring_order
+
+
+def test_dropouts_at_different_steps_on_the_sparse_graph() -> None:
+    run = run_with_dropouts()
+    assert run.survivors == ALL - {5, 17, 60}
+    run.assert_exact()
+
+
+def test_everyone_sees_the_graph_that_the_coordinator_sees() -> None:
+    run = run_with_dropouts()
+    graph = run.opening(CollectingUpdates).graph
+    assert graph.kind is GraphKind.SPARSE
+    for index in ALL - {5, 17, 60, 99}:
+        assert run.members[index].before(Uploading).graph == graph
+
+
+def test_each_member_deals_with_its_neighbours_only() -> None:
+    run = run_with_dropouts()
+    graph = run.opening(CollectingUpdates).graph
+    dealt = run.members[0].answer(ShareKeys)
+    assert [s.holder for s in dealt.shares] == [v for v in graph.neighbours(0) if v != 5]
+    assert all(s.ciphertext for s in dealt.shares)
+    answer = run.members[0].answer(Unmask)
+    assert [s.owner for s in answer.shares] == [v for v in graph.neighbours(0) if v not in (5, 17)]
+    for share in answer.shares:
+        assert share.kind is (ShareKind.MASK_SECRET if share.owner == 60 else ShareKind.SELF_SEED)
+
+
+def test_the_ring_follows_from_what_everyone_advertised() -> None:
+    """A coordinator cannot choose it: the seed takes in every advertisement, so one changed key moves everybody."""
+    other = Federation(make_plan(N), seed=1).run_to(CollectingShares)
+    assert other.opening(CollectingShares).graph.ring_order != ring()
+
+
+# --- what a participant refuses -------------------------------------------------------------------------------------
+
+
+def refused(state: State, message: Event, reason: AbortReason, because: str) -> None:
+    step = client.step(state, message, now=NOW)
+    assert isinstance(step.state, Aborted), step.state
+    assert step.state.reason is reason
+    assert because in step.state.detail
+
+
+@pytest.mark.parametrize("whose", ["own", "a neighbour's"])
+def test_a_digest_that_is_not_the_advertisements(whose: str) -> None:
+    member = run_with_dropouts().members[0]
+    message = member.message(Advertisements)
+    index = 0 if whose == "own" else message.advertised[0][0]
+    at = sorted(message.u1).index(index)
+    digests = (*message.digests[:at], bytes(32), *message.digests[at + 1 :])
+    because = f"the digest of advertisement {index} is not that advertisement's"
+    refused(member.before(AdvertisedKeys), replace(message, digests=digests), AbortReason.EQUIVOCATION, because)
+
+
+def test_digests_left_out() -> None:
+    member = run_with_dropouts().members[0]
+    message = replace(member.message(Advertisements), digests=())
+    refused(member.before(AdvertisedKeys), message, AbortReason.EQUIVOCATION, "the digest of advertisement")
+
+
+def test_digests_that_give_other_neighbours() -> None:
+    """The digest of a stranger is taken on trust, but it decides who the neighbours are."""
+    member = run_with_dropouts().members[0]
+    message = member.message(Advertisements)
+    known = {0, *dict(message.advertised)}
+    at = next(i for i, index in enumerate(sorted(message.u1)) if index not in known)
+    digests = (*message.digests[:at], bytes(32), *message.digests[at + 1 :])
+    because = "not those of the graph"
+    refused(member.before(AdvertisedKeys), replace(message, digests=digests), AbortReason.WRONG_NEIGHBOURS, because)
+
+
+def sets_without(gone: set[int]) -> SurvivorSets:
+    sets = run_with_dropouts().opening(CollectingSignatures).sets
+    return replace(sets, u3=sets.u3 - gone)
+
+
+def uploading(index: int = 0, **rules: object) -> Uploading:
+    state = run_with_dropouts().members[index].before(Uploading)
+    site = make_site(index, N, rules=replace(SiteRules(), **rules))  # type: ignore[arg-type]
+    return replace(state, session=replace(state.session, site=site))
+
+
+def around(place: int, count: int) -> set[int]:
+    return {ring()[(place + i) % N] for i in range(count)}
+
+
+def test_survivors_that_leave_two_gaps_in_the_ring() -> None:
+    """Two whole runs of k/2 positions missing: whoever sits between them could be read as a group."""
+    graph = run_with_dropouts().opening(CollectingUpdates).graph
+    half, at = graph.degree // 2, graph.ring_order.index(0)
+    gaps = around(at + 20, half) | around(at + 70, half)
+    refused(uploading(), sets_without(gaps), AbortReason.RING_CUT, "two gaps")
+
+
+def test_as_many_survivors_missing_here_and_there_do_not_cut_the_ring() -> None:
+    plan, graph = run_with_dropouts().plan, run_with_dropouts().opening(CollectingUpdates).graph
+    half, at = graph.degree // 2, graph.ring_order.index(0)
+    bound = window_pair_bound(N, corrupt=plan.graph.corrupt, window=half, sigma=GRAPH_SIGMA)
+    assert 0 < bound < 2 * half
+    scattered = {graph.ring_order[(at + 7 + 13 * i) % N] for i in range(2 * half)}
+    assert isinstance(client.step(uploading(), sets_without(scattered), now=NOW).state, SignedSets)
+
+
+def test_a_policy_counts_only_survivors_that_the_site_verified_itself() -> None:
+    """147 survive, but this site checked the certificates of k neighbours and its own."""
+    because = "survivors verified here are fewer than the policy's 12"
+    refused(uploading(min_survivors=12), sets_without(set()), AbortReason.TOO_FEW_PARTICIPANTS, because)
+    assert isinstance(client.step(uploading(min_survivors=8), sets_without(set()), now=NOW).state, SignedSets)
+
+
+def test_a_signature_of_a_survivor_that_holds_no_share_of_ours() -> None:
+    run = run_with_dropouts()
+    member = run.members[0]
+    holders = run.opening(CollectingUpdates).graph.holders(0)
+    stranger = next(i for i in sorted(run.survivors) if i not in holders and i > 100)
+    signature = run.members[stranger].answer(ConsistencyCheck).signature
+    message = member.message(SurvivorSignatures)
+    more = SurvivorSignatures(tuple(sorted((*message.signatures, (stranger, signature)))))
+    refused(member.before(SignedSets), more, AbortReason.BAD_SETS, f"a signature of {stranger}")
+    own = SurvivorSignatures(tuple(sorted((*message.signatures, (0, member.answer(ConsistencyCheck).signature)))))
+    refused(member.before(SignedSets), own, AbortReason.BAD_SETS, "a signature of 0")
+
+
+# --- what the coordinator does --------------------------------------------------------------------------------------
+
+
+def test_a_dropout_whose_holders_are_gone_ends_the_session_before_anybody_signs() -> None:
+    """Its mask key could not be put together: that is known when U3 is, and no signature is asked for."""
+    run = run_with_dropouts()
+    state = run.opening(CollectingUpdates)
+    victim = 0
+    holders = [h for h in state.graph.holders(victim) if h in state.dealings]
+    silent = {victim, *holders[: len(holders) - state.session.plan.graph.threshold + 1]}
+    for index in frozenset(state.dealings) - silent:
+        following = server.step(state, UploadCompleted(index)).state
+        assert isinstance(following, CollectingUpdates)
+        state = following
+    step = server.step(state, DeadlinePassed(state.stage))
+    assert isinstance(step.state, server_states.Aborted)
+    assert step.state.reason is AbortReason.TOO_FEW_PARTICIPANTS
+
+
+def test_every_drop_on_the_sparse_graph_is_for_the_reason_it_happened() -> None:
+    assert run_with_dropouts().drops == dict.fromkeys((5, 17, 60, 99), DropReason.DISCONNECTED)
+
+
+def test_a_clean_session_of_one_more_than_the_complete_graph_takes() -> None:
+    run = clean_run(129)
+    assert run.plan.graph.kind is GraphKind.SPARSE
+    run.assert_exact()
