@@ -113,7 +113,7 @@ class WatchScreen:
             above += [Text(), attempt_line(state.attempt), stage_table(state.attempt, width, marks=marks, now=now)]
             above += [_drop_line(drop, width, marks) for drop in state.attempt.drops[-SHOWN_DROPS:]]
         notices = _latest_notices(state, width)
-        below = [Text(), *notices] if notices else []
+        below: list[RenderableType] = [Text(), *notices] if notices else []
         if state.rounds:
             used = _height(console, options, [*above, *below])
             room = max(_FEWEST_ROUNDS, (options.height or console.height) - used - _ROUNDS_HEAD)
@@ -216,11 +216,13 @@ def stage_table(attempt: Attempt, width: int, *, marks: Marks, now: float) -> Re
         table.add_column(justify=justify, no_wrap=True)
     table.add_column(no_wrap=True, overflow="ellipsis")
     names_width = width - 4 - max(map(len, STAGES)) - 1 - (2 * len(f"{len(attempt.roster)}") + 2) - len("118 s ")
-    known = {stage.name: stage for stage in attempt.stages}
-    for name in (*STAGES, *(stage for stage in known if stage not in STAGES)):
-        stage = known.get(name)
+    names = (*STAGES, *(stage.name for stage in attempt.stages if stage.name not in STAGES))
+    for index, name in enumerate(names):
+        stage = attempt.stage(name)
         if stage is None:
-            table.add_row(Text(f"  {marks.ahead}", "dim"), Text(name, "dim"), "", "", "")
+            # A session that was resumed after a restart begins in the middle.
+            passed = any(attempt.stage(later) for later in names[index:])
+            table.add_row(Text(f"  {marks.done if passed else marks.ahead}", "dim"), Text(name, "dim"), "", "", "")
             continue
         finished = stage.closed_at is not None
         mark = Text(f"  {marks.done}", "green") if finished else Text(f"  {marks.open}", "cyan")

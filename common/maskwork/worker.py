@@ -135,7 +135,7 @@ class WorkerProcess:
         await self.close()
 
     async def _running(self) -> "_Child":
-        if self._child is not None and self._child.process.is_alive():
+        if self._child is not None and self._child.is_idle():
             return self._child
         await self.close()  # of the one that died while nobody waited for it
         starting = asyncio.ensure_future(asyncio.to_thread(_start, self.name, self._preload))
@@ -180,6 +180,10 @@ class _Child:
         self.process = process
         self._pipe = pipe
         self._reaping: asyncio.Task[str] | None = None
+
+    def is_idle(self) -> bool:
+        """Whether it waits for a request. Nothing comes from one that does, so what can be read is its end."""
+        return not self._pipe.poll()
 
     async def exchange(self, request: bytes) -> _Outcome:
         """Send a request and wait for its outcome.

@@ -29,6 +29,9 @@ pytestmark = pytest.mark.e2e
 
 PATIENCE_S = 30.0
 
+# The fork server is shared by all tests of a process, and this module brings torch.
+PRELOAD = (*training_calls.PRELOAD, "sklearn.datasets")
+
 _kept: list[object] = []
 
 
@@ -73,10 +76,6 @@ def grandchild() -> int:
         return child.wait()
 
 
-def fork_server_pid() -> int:
-    return os.getppid()
-
-
 def wait_for_end(*pids: int) -> None:
     """Return when none of the processes is left; they are not ours to wait for."""
     poll = select.poll()
@@ -103,7 +102,7 @@ def wait_for_end(*pids: int) -> None:
 
 @pytest_asyncio.fixture
 async def worker() -> AsyncIterator[WorkerProcess]:
-    async with WorkerProcess(name="test") as made:
+    async with WorkerProcess(name="test", preload=PRELOAD) as made:
         yield made
 
 
@@ -174,7 +173,7 @@ async def test_a_kill_from_outside_names_the_signal(worker: WorkerProcess, tmp_p
         await call
     call = await hanging(worker, tmp_path)
     os.kill(worker.pid, signal.SIGTERM)
-    with pytest.raises(WorkerDied, match="was ended by SIGTERM$"):
+    with pytest.raises(WorkerDied, match=r"was ended by SIGTERM$"):
         await call
 
 
@@ -208,7 +207,7 @@ async def test_a_start_that_is_cancelled_leaves_no_worker(worker: WorkerProcess)
 
 
 async def test_setup_runs_in_every_new_worker() -> None:
-    async with WorkerProcess(name="test", setup=partial(keep, "ready")) as worker:
+    async with WorkerProcess(name="test", preload=PRELOAD, setup=partial(keep, "ready")) as worker:
         await worker.start()
         assert worker.pid is not None
         assert await worker.call(kept) == ["ready"]
@@ -217,19 +216,19 @@ async def test_setup_runs_in_every_new_worker() -> None:
 
 
 async def test_a_setup_that_fails_leaves_no_worker() -> None:
-    async with WorkerProcess(name="test", setup=partial(fail, TaskError("no data"))) as worker:
+    async with WorkerProcess(name="test", preload=PRELOAD, setup=partial(fail, TaskError("no data"))) as worker:
         for _ in range(2):
             with pytest.raises(TaskError, match="no data"):
                 await worker.call(kept)
             assert worker.pid is None
-    async with WorkerProcess(name="test", setup=partial(os._exit, 9)) as worker:
+    async with WorkerProcess(name="test", preload=PRELOAD, setup=partial(os._exit, 9)) as worker:
         with pytest.raises(WorkerDied, match="exit code 9"):
             await worker.start()
 
 
 async def test_close_leaves_nothing_behind(tmp_path: Path) -> None:
     before = set(os.listdir("/proc/self/fd"))
-    worker = WorkerProcess(name="test")
+    worker = WorkerProcess(name="test", preload=PRELOAD)
     call = await hanging(worker, tmp_path)
     pid = worker.pid
     assert pid is not None
@@ -308,7 +307,7 @@ async def test_a_round_of_training_in_a_worker(tmp_path: Path) -> None:
     write_model(model, schema, vector, {})
     setup = partial(training_calls.configure, "maskwork.participant.tasks.digits:Digits", {"shard": 1, "of": 5})
     request = training_calls.TrainRequest(bytes(32), model, schema.size, TrainingConfig(epochs=2), 7)
-    async with WorkerProcess(name="training", preload=training_calls.PRELOAD, setup=setup) as worker:
+    async with WorkerProcess(name="training", preload=PRELOAD, setup=setup) as worker:
         first = await worker.call(training_calls.train, request)
         worker.kill()
         second = await worker.call(training_calls.train, request)

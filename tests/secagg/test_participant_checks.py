@@ -16,6 +16,7 @@ from tests.secagg.harness import (
     NOW,
     Certificates,
     Federation,
+    Verified,
     certificate_of,
     clean_run,
     fingerprint_of,
@@ -306,7 +307,7 @@ class Renaming(Certificates):
     name = ""
     fingerprint = b""
 
-    def verify_participant(self, certificate_der: bytes, now: float):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    def verify_participant(self, certificate_der: bytes, now: float) -> Verified:
         verified = Certificates(N).verify_participant(certificate_der, now)
         return replace(verified, name=self.name or verified.name, fingerprint=self.fingerprint or verified.fingerprint)
 

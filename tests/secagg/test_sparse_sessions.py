@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-from tests.secagg.harness import NOW, Federation, clean_run, make_plan, make_site
+from tests.secagg.harness import NOW, Federation, make_plan, make_site
 
 from maskwork.secagg import client, server, server_states
 from maskwork.secagg.client_states import (
@@ -198,9 +198,3 @@ def test_a_dropout_whose_holders_are_gone_ends_the_session_before_anybody_signs(
 
 def test_every_drop_on_the_sparse_graph_is_for_the_reason_it_happened() -> None:
     assert run_with_dropouts().drops == dict.fromkeys((5, 17, 60, 99), DropReason.DISCONNECTED)
-
-
-def test_a_clean_session_of_one_more_than_the_complete_graph_takes() -> None:
-    run = clean_run(129)
-    assert run.plan.graph.kind is GraphKind.SPARSE
-    run.assert_exact()

@@ -24,8 +24,14 @@ from maskwork.secagg.plan import StatisticSpec
 from maskwork.task import TrainingConfig
 from maskwork.tensors import Schema
 
-PRELOAD: Final = ("maskwork.participant.training", "maskwork.participant.tasks.supervised")
-"""What the fork server imports once, so that a worker starts with torch in milliseconds."""
+PRELOAD: Final = (
+    "maskwork.participant.training",
+    "maskwork.participant.tasks.supervised",
+    # torch imports these when an optimiser is first made, or deterministic algorithms are first asked for: one second.
+    "torch._dynamo",
+    "torch._inductor.config",
+)
+"""What the fork server imports once, so that a worker starts with torch in milliseconds; a name it lacks is skipped."""
 
 
 @dataclass(frozen=True, slots=True)
