@@ -5,7 +5,9 @@ A mutant is the source of ``client.py`` or ``server.py`` with one condition chan
 * a guard (an ``if`` whose body ends by raising, or by a return that refuses: the state as it was, an abort, a
   complaint, a drop, False or None) that never fires;
 * the same for each operand of an ``or`` or ``and`` in it, and for each place of a compared pair or a set difference;
-* a returned or assigned verdict (``signature == …``, ``keys.verify_signature(…)``, ``all(…)``) that is always good.
+* a bound in it that is one off (``<`` for ``<=`` and the reverse);
+* a returned verdict (``signature == …``, ``keys.verify_signature(…)``, ``all(…)``) that is always good;
+* a call of a ``check_…`` function that is left out.
 
 Each mutant is loaded in place of the module by an import hook, in a process of its own, and the tests of
 ``tests/secagg`` run until the first one fails. Nothing is written to the tree. Exit status 1 when one survives.
@@ -43,14 +45,14 @@ SECAGG = ROOT / "common" / "maskwork" / "secagg"
 TESTS = ROOT / "tests" / "secagg"
 FIRST = {"client": "test_participant_checks.py", "server": "test_coordinator_checks.py"}
 """The file that holds one lie for each check runs first; the others follow by name."""
-NOT_RUN = frozenset({"test_transcript.py"})
-"""It compares bytes of an honest run, so it could only repeat what a quicker test says."""
+NOT_RUN = frozenset({"test_transcript.py", "test_plan.py"})
+"""They compare bytes of an honest run, and test another module."""
 PYTEST = (
     *("-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=20"),
     *("-W", "ignore::pytest.PytestAssertRewriteWarning"),  # hypothesis is loaded already, and has nothing to rewrite
 )
 SECONDS = 120
-CHECKED = (ast.If, ast.match_case, ast.Return)
+CHECKED = (ast.If, ast.match_case, ast.Return, ast.Expr)
 REFUSALS = ("_abort", "_drop", "Step(state)", "Step(aborted", "Step(back)", "False", "None")
 
 
@@ -84,7 +86,9 @@ def mutants_of(module: str) -> Iterator[Mutant]:
     for node in sorted((n for n in ast.walk(tree) if isinstance(n, CHECKED)), key=lambda n: _at(n).lineno):
         for expression, value in _changes(node):
             text = ast.unparse(expression)
-            if expression is not _condition(node):
+            if isinstance(value, ast.Compare) and isinstance(expression, ast.Compare):
+                text = f"one off: {ast.unparse(value)}"
+            elif expression is not _condition(node):
                 text += f"   [in: {ast.unparse(_condition(node))}]"
             yield Mutant(module, expression.lineno, text, numbers[id(expression)], value)
 
@@ -100,7 +104,7 @@ def _condition(node: ast.AST) -> ast.expr:
         test = node.test if isinstance(node, ast.If) else node.guard
         assert test is not None
         return test
-    assert isinstance(node, ast.Return)
+    assert isinstance(node, ast.Return | ast.Expr)
     assert node.value is not None
     return node.value
 
@@ -111,8 +115,22 @@ def _changes(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
         condition = _condition(node)
         yield condition, ast.Constant(False)
         yield from _operands(condition)
+        yield from _bounds(condition)
     elif isinstance(node, ast.Return) and node.value is not None and _is_verdict(node.value):
         yield node.value, ast.Constant(True)
+        yield from _bounds(node.value)
+    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        if ast.unparse(node.value.func).lstrip("_").startswith("check_"):
+            yield node.value, ast.Constant(None)
+
+
+def _bounds(expression: ast.expr) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """The comparisons in an expression, each with its bound moved by one (of sets: proper for improper inclusion)."""
+    other = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}
+    for node in ast.walk(expression):
+        if isinstance(node, ast.Compare) and type(node.ops[0]) in other:
+            moved = ast.Compare(left=node.left, ops=[other[type(node.ops[0])]()], comparators=node.comparators)
+            yield node, moved
 
 
 def _refuses(body: Sequence[ast.stmt]) -> bool:
@@ -154,7 +172,7 @@ def mutated(mutant: Mutant) -> ast.Module:
     tree = ast.parse((SECAGG / f"{mutant.module}.py").read_text())
     target = next(node for number, node in enumerate(ast.walk(tree)) if number == mutant.node)
     value = copy.deepcopy(mutant.value)
-    if isinstance(value, ast.Compare):  # a pair without one of its places takes the place of the whole comparison
+    if isinstance(value, ast.Compare) and not isinstance(target, ast.Compare):  # a pair without one of its places
         target = next(n for n in ast.walk(tree) if isinstance(n, ast.Compare) and target in ast.walk(n.left))
 
     class Replace(ast.NodeTransformer):

@@ -10,7 +10,9 @@ piped; the exit code of a watch is the job's verdict; Ctrl-C ends the watching, 
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -177,6 +179,8 @@ def _watch(job_id: str, coordinator: str, identity: Path) -> NoReturn:
 
 
 def _console() -> Console:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a reason in words that this terminal cannot show ends no watch
     return Console(highlight=False, markup=False, emoji=False)
 
 

@@ -62,7 +62,7 @@ class TrainingConfig(BaseModel):
         pydantic.ValidationError: On construction, for an unknown field or a value out of range.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 1
     batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = 32

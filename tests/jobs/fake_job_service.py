@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -50,7 +51,8 @@ class Federation:
 class FakeJobService(JobServiceServicer):
     """What it answers with is set by the test; what it was sent is read by it.
 
-    `watches` holds one script for each call of WatchJob, the last of which is played again and again.
+    `watches` holds one script for each call of WatchJob, the last of which is played again and again;
+    a watch stays open after its script while `hold` is not set.
     """
 
     roots: TrustRoots
@@ -59,6 +61,8 @@ class FakeJobService(JobServiceServicer):
     watches: list[Sequence[JobEvent | str]] = field(default_factory=list)
     model: bytes = b""
     promised_digest: bytes | None = None
+    promised_size: int | None = None
+    hold: asyncio.Event | None = None
     refuse_submit: str = ""
     submitted_spec: bytes = b""
     submitted_model: bytes = b""
@@ -114,6 +118,8 @@ class FakeJobService(JobServiceServicer):
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator is shutting down")
             else:
                 yield encode_event(step)
+        if self.hold is not None:
+            await self.hold.wait()
 
     async def AbortJob(self, request: jobs_pb2.AbortJobRequest, context: Context) -> jobs_pb2.AbortJobResponse:
         await self._admit("AbortJob", context)
@@ -130,7 +136,8 @@ class FakeJobService(JobServiceServicer):
         await self._known(request.job_id, context)
         self.exported_rounds.append(request.round_number)
         digest = self.promised_digest or hashlib.sha256(self.model).digest()
-        yield jobs_pb2.ExportModelResponse(digest=digest, size=len(self.model))
+        size = len(self.model) if self.promised_size is None else self.promised_size
+        yield jobs_pb2.ExportModelResponse(digest=digest, size=size)
         for at in range(0, len(self.model), EXPORT_CHUNK):
             yield jobs_pb2.ExportModelResponse(data=self.model[at : at + EXPORT_CHUNK])
 

@@ -183,7 +183,8 @@ def session_seed(index: int, seed: int) -> bytes:
 def update_of(index: int, length: int) -> Float32Array:
     """What member `index` trained: of norm about 1, so that some are clipped; from bytes that anyone can make again."""
     drawn = np.frombuffer(hashlib.shake_256(f"update of {index}".encode()).digest(4 * length), "<i4")
-    return (drawn * (2.0**-31 * (3 / length) ** 0.5)).astype(np.float32)
+    made: Float32Array = (drawn * (2.0**-31 * (3 / length) ** 0.5)).astype(np.float32)
+    return made
 
 
 def weight_of(index: int) -> int:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -249,10 +250,10 @@ def test_the_scripts_lead_to_the_tables(package: object, metadata: MetaData, ope
 
 
 @pytest.mark.parametrize(("package", "metadata", "opener"), MIGRATIONS)
-def test_head_is_the_last_script(package: object, metadata: MetaData, opener: Opener, tmp_path: Path) -> None:
+def test_head_is_the_last_script(package: ModuleType, metadata: MetaData, opener: Opener, tmp_path: Path) -> None:
     config = Config()
-    config.set_main_option("script_location", str(Path(str(getattr(package, "__file__", ""))).parent))
-    assert ScriptDirectory.from_config(config).get_heads() == [getattr(package, "HEAD", "")]
+    config.set_main_option("script_location", str(Path(str(package.__file__)).parent))
+    assert ScriptDirectory.from_config(config).get_heads() == [package.MIGRATIONS.head]
 
 
 @both

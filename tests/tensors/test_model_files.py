@@ -317,6 +317,21 @@ def test_a_huge_header_is_not_read(tmp_path: Path, length: int) -> None:
         read_schema(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "it has 0 bytes, too few"),
+        (bytes(7), "it has 7 bytes, too few"),
+        (b"\x03" + bytes(7) + b"{}", "claims 3 bytes, the file has 2 after the length: cut short?"),
+    ],
+)
+def test_a_file_cut_short_says_so(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "m").write_bytes(content)
+    with pytest.raises(ModelFileError) as caught:
+        read_schema(tmp_path / "m")
+    assert said in str(caught.value)
+
+
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m"
     write_model(path, MIXED, vector_of(MIXED), {"a": "b"})

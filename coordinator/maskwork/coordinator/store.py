@@ -25,7 +25,7 @@ from sqlalchemy import Engine, make_url, select
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Session
 
-from maskwork.coordinator.migrations import open_engine, tables, world_failures
+from maskwork.coordinator.migrations import MIGRATIONS, tables
 from maskwork.coordinator.models import fsync
 from maskwork.coordinator.records import (
     FIRST_ATTEMPT,
@@ -41,6 +41,7 @@ from maskwork.coordinator.records import (
     ReleasedSet,
     ResumeRecord,
 )
+from maskwork.database import open_engine, world_failures
 from maskwork.errors import StoreError
 
 _DIGEST_BYTES = 32
@@ -70,7 +71,7 @@ class Store:
         """
         lock = _lock_beside(url)
         try:
-            engine = open_engine(url, busy_timeout_s=busy_timeout_s)
+            engine = open_engine(MIGRATIONS, url, busy_timeout_s=busy_timeout_s)
         except BaseException:
             _unlock(lock)
             raise

@@ -28,8 +28,9 @@ from types import TracebackType
 from sqlalchemy import URL, Engine, func, select
 from sqlalchemy.orm import Session
 
+from maskwork.database import open_engine, world_failures
 from maskwork.errors import StoreError
-from maskwork.participant.migrations import open_engine, tables, world_failures
+from maskwork.participant.migrations import MIGRATIONS, tables
 
 DATABASE_NAME = "ledger.sqlite"
 LOCK_NAME = "agent.lock"
@@ -105,7 +106,7 @@ class Ledger:
         file = directory / DATABASE_NAME
         try:
             url = URL.create("sqlite", database=str(file))
-            engine = open_engine(url.render_as_string(hide_password=False), busy_timeout_s=busy_timeout_s)
+            engine = open_engine(MIGRATIONS, url.render_as_string(hide_password=False), busy_timeout_s=busy_timeout_s)
         except BaseException:
             os.close(lock)
             raise

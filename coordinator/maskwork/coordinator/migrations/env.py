@@ -5,6 +5,6 @@ from sqlalchemy import Connection
 
 connection = context.config.attributes["connection"]
 if not isinstance(connection, Connection):
-    raise RuntimeError("env.py is run by maskwork.coordinator.migrations alone, which passes its connection")
+    raise RuntimeError("env.py is run by maskwork.database alone, which passes its connection")
 context.configure(connection=connection)
 context.run_migrations()
