@@ -43,8 +43,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SECAGG = ROOT / "common" / "maskwork" / "secagg"
 TESTS = ROOT / "tests" / "secagg"
-FIRST = {"client": "test_participant_checks.py", "server": "test_coordinator_checks.py"}
-"""The file that holds one lie for each check runs first; the others follow by name."""
+FIRST = {"client": "test_participant_*.py", "server": "test_coordinator_*.py"}
+"""The files that hold one lie for each check run first; the others follow by name."""
 NOT_RUN = frozenset({"test_transcript.py", "test_plan.py"})
 """They compare bytes of an honest run, and test another module."""
 PYTEST = (
@@ -119,9 +119,8 @@ def _changes(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
     elif isinstance(node, ast.Return) and node.value is not None and _is_verdict(node.value):
         yield node.value, ast.Constant(True)
         yield from _bounds(node.value)
-    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-        if ast.unparse(node.value.func).lstrip("_").startswith("check_"):
-            yield node.value, ast.Constant(None)
+    elif isinstance(node, ast.Expr) and ast.unparse(node.value).lstrip("_").startswith("check_"):
+        yield node.value, ast.Constant(None)
 
 
 def _bounds(expression: ast.expr) -> Iterator[tuple[ast.expr, ast.expr]]:
@@ -229,14 +228,15 @@ def run(mutant: Mutant | None, first: str) -> tuple[str | None, str]:
     assert not any(name.startswith("maskwork.secagg.") for name in sys.modules)
     if mutant is not None:
         sys.meta_path.insert(0, MutantLoader(mutant))
-    files = sorted(TESTS.glob("test_*.py"), key=lambda path: (path.name != first, path.name))
-    selected = [str(path) for path in files if path.name not in NOT_RUN]
+    likely = sorted(TESTS.glob(first))
+    others = sorted(path for path in TESTS.glob("test_*.py") if path.name not in NOT_RUN and path not in likely)
     noticed, output = FirstFailure(), io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        status = pytest.main([*PYTEST, *selected], plugins=[noticed])
-    if status != pytest.ExitCode.OK and noticed.nodeid is None:
-        noticed.nodeid = f"(pytest ended with {status})"
-    return noticed.nodeid, output.getvalue()
+    for files in (likely, others):  # the others are not even collected when one of the likely ones has noticed
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            status = pytest.main([*PYTEST, *map(str, files)], plugins=[noticed])
+        if status != pytest.ExitCode.OK:
+            return noticed.nodeid or f"(pytest ended with {status})", output.getvalue()
+    return None, output.getvalue()
 
 
 def judge(mutant: Mutant) -> Verdict:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -24,6 +25,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
+# Before gRPC is imported: its own log lines would run through the live view, and what they mean is said in words.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+# isort: split
+from maskwork.errors import UserError
 from maskwork.job import read_job_file
 from maskwork.job_events import JobDetails, JobSummary, PastAttempt
 from maskwork.jobs_client import JobsClient
@@ -134,6 +140,8 @@ def abort(job: Job, coordinator: Coordinator, identity: Identity) -> None:
             return await client.abort((await client.find(job)).job_id)
 
     ended = asyncio.run(run())
+    if ended.state != "aborted":
+        raise UserError(f"{ended.name} ({ended.job_id}) is {ended.state} already: there is nothing to abort")
     typer.echo(
         f"{ended.name} ({ended.job_id}) is {ended.state}, {ended.rounds_committed} of {ended.rounds_total} rounds"
     )

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import os
 import random
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -59,7 +60,6 @@ _SERVICE: Final = "/maskwork.wire.v1.JobService/"
 _PASSING: Final = frozenset(
     {
         grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.INTERNAL,
         grpc.StatusCode.ABORTED,
         grpc.StatusCode.CANCELLED,
         grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -70,15 +70,18 @@ _SAID_BY_COORDINATOR: Final = frozenset(
     {
         grpc.StatusCode.INVALID_ARGUMENT,
         grpc.StatusCode.FAILED_PRECONDITION,
-        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.PERMISSION_DENIED,
         grpc.StatusCode.ALREADY_EXISTS,
         grpc.StatusCode.OUT_OF_RANGE,
         grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
     }
 )
+# What gRPC itself says when the time that we gave a call is over.
+_OUR_DEADLINE: Final = "Deadline Exceeded"
 
 Progress = Callable[[int, int], None]
-"""Told the bytes moved so far and the bytes in all."""
+"""Told the bytes moved so far and the bytes in all, perhaps by another thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,19 +145,29 @@ class JobsClient:
             UserError: The model file is not one, or the coordinator does not take the job; the text says why.
         """
         read_schema(model_path)  # a file that is no model is told here, not after minutes of sending it
-        call = self._stub.SubmitJob()
-        try:
-            with model_path.open("rb") as model:
-                await _send(call, spec, model, progress=progress)
-            response: jobs_pb2.SubmitJobResponse = await call
-        except asyncio.InvalidStateError:
-            # The coordinator ended the call while we were writing; its status says why.
-            raise await self._failure(await _status_of(call), "SubmitJob") from None
-        except grpc.aio.AioRpcError as error:
-            raise await self._failure(error, "SubmitJob") from None
-        finally:
-            call.cancel()
-        return printable(response.job_id)
+        with (
+            model_path.open("rb") as model,
+            grpc.secure_channel(
+                self._target, tls.channel_credentials(self._files), options=tls.CHANNEL_OPTIONS
+            ) as channel,
+        ):
+            # Not the asyncio API: when the coordinator refuses while we write, that one often reports INTERNAL in the
+            # place of the coordinator's status and words (github.com/grpc/grpc/issues/36066).
+            call = JobServiceStub(channel).SubmitJob.future(_submission(spec, model, progress))
+            done, loop = asyncio.Event(), asyncio.get_running_loop()
+
+            def ended(_: object) -> None:
+                loop.call_soon_threadsafe(done.set)
+
+            call.add_done_callback(ended)
+            try:
+                await done.wait()
+            finally:
+                call.cancel()
+            code, said = call.code(), call.details()
+            if code is not grpc.StatusCode.OK:
+                raise await self._failure(code, said, "SubmitJob")
+            return printable(call.result().job_id)
 
     async def list_jobs(self) -> tuple[JobSummary, ...]:
         """Every job that the coordinator knows, in its order.
@@ -166,7 +179,7 @@ class JobsClient:
             response = await self._stub.ListJobs(jobs_pb2.ListJobsRequest(), timeout=ANSWER_TIMEOUT_S)
             return tuple(decode_job(job, at=self._now()) for job in response.jobs)
         except grpc.aio.AioRpcError as error:
-            raise await self._failure(error, "ListJobs") from None
+            raise await self._failure(error.code(), error.details(), "ListJobs") from None
         except WireError as error:
             raise self._garbled(error) from None
 
@@ -188,21 +201,21 @@ class JobsClient:
             response = await self._stub.GetJob(jobs_pb2.GetJobRequest(job_id=job_id), timeout=ANSWER_TIMEOUT_S)
             return decode_details(response)
         except grpc.aio.AioRpcError as error:
-            raise await self._failure(error, "GetJob", job_id=job_id) from None
+            raise await self._failure(error.code(), error.details(), "GetJob", job_id=job_id) from None
         except WireError as error:
             raise self._garbled(error) from None
 
     async def abort(self, job_id: str) -> JobSummary:
-        """End a job; what it has committed stays.
+        """End a job; what it has committed stays. One that has ended already stays as it is.
 
         Raises:
-            UserError: There is no such job, it has ended already, or the coordinator cannot be asked.
+            UserError: There is no such job, or the coordinator cannot be asked.
         """
         try:
             response = await self._stub.AbortJob(jobs_pb2.AbortJobRequest(job_id=job_id), timeout=ANSWER_TIMEOUT_S)
             return decode_job(response.job, at=self._now())
         except grpc.aio.AioRpcError as error:
-            raise await self._failure(error, "AbortJob", job_id=job_id) from None
+            raise await self._failure(error.code(), error.details(), "AbortJob", job_id=job_id) from None
         except WireError as error:
             raise self._garbled(error) from None
 
@@ -218,31 +231,41 @@ class JobsClient:
         """
         failures, connected, ended = 0, False, False
         while True:
+            began = math.inf
             try:
                 if connected:
                     await asyncio.wait_for(self._channel.channel_ready(), RECONNECT_TIMEOUT_S)
                 async for response in self._stub.WatchJob(jobs_pb2.WatchJobRequest(job_id=job_id)):
-                    failures, connected = 0, True
+                    connected, began = True, min(began, self._now())
                     if (event := self._event(response, job_id)) is not None:
                         ended = ended or (isinstance(event, JobSummary) and event.ended)
                         yield event
-                if not ended and (job := (await self.get(job_id)).job).ended:
+                connected, detail = True, "the coordinator ended the stream"
+                if not ended and (job := await self._summary(job_id)).ended:
                     yield job
                     return
-                connected, detail = True, "the coordinator ended the stream"
             except grpc.aio.AioRpcError as error:
-                if not ended and (not connected or error.code() not in _PASSING):
-                    raise await self._failure(error, "WatchJob", job_id=job_id) from None
                 detail = printable(error.details() or error.code().name)
+                passing = error.code() in _PASSING or "RST_STREAM" in detail
+                if not ended and not (connected and passing):
+                    raise await self._failure(error.code(), error.details(), "WatchJob", job_id=job_id) from None
             except TimeoutError:
                 detail = f"{self._target} cannot be reached"
             if ended:
                 return
-            failures += 1
+            now = self._now()
+            failures = 1 if now - began > LONGEST_PAUSE_S else failures + 1  # a stream that lasted begins anew
             pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(failures - 1, 10)) * (0.5 + self._jitter())
-            yield ConnectionLost(job_id, self._now(), detail, pause_s)
+            yield ConnectionLost(job_id, now, detail, pause_s)
             await self._pause(pause_s)
             tls.check_own_files(self._files, now=self._now())
+
+    async def _summary(self, job_id: str) -> JobSummary:
+        response = await self._stub.GetJob(jobs_pb2.GetJobRequest(job_id=job_id), timeout=ANSWER_TIMEOUT_S)
+        try:
+            return decode_job(response.job, at=self._now())
+        except WireError as error:
+            raise self._garbled(error) from None
 
     def _event(self, response: jobs_pb2.WatchJobResponse, job_id: str) -> JobEvent | None:
         try:
@@ -269,27 +292,29 @@ class JobsClient:
         try:
             return await _receive(call, to, progress=progress)
         except grpc.aio.AioRpcError as error:
-            raise await self._failure(error, "ExportModel", job_id=job_id) from None
+            raise await self._failure(error.code(), error.details(), "ExportModel", job_id=job_id) from None
         finally:
             call.cancel()
 
-    async def _failure(self, error: grpc.aio.AioRpcError, method: str, *, job_id: str = "") -> UserError:
+    async def _failure(self, code: grpc.StatusCode, details: str | None, method: str, *, job_id: str = "") -> UserError:
         """What a failed call means for the person who asked for it."""
-        code, said = error.code(), printable(error.details() or "")
+        said, roles = printable(details or ""), PERMISSIONS.get(_SERVICE + method, frozenset())
         if code is grpc.StatusCode.UNAVAILABLE:
-            reason = await asyncio.to_thread(tls.probe_server, self._files, self._target)
-            now = self._now()
-            return UserError(tls.explain_connection_failure(self._files, self._target, now=now, reason=reason))
-        if code is grpc.StatusCode.PERMISSION_DENIED:
-            return UserError(self._not_permitted(method, said))
+            return await self._unavailable(said)
+        if code is grpc.StatusCode.PERMISSION_DENIED and self._own.role not in roles:
+            return UserError(
+                f"{self._own.uri} may not do this at {self._target}: it takes a certificate of one of the roles "
+                f"{', '.join(sorted(role.value for role in roles))}. Choose another --identity directory"
+            )
         if code is grpc.StatusCode.UNAUTHENTICATED:
             return UserError(
                 f"the coordinator at {self._target} does not accept {self._files.cert} ({self._own.uri}): "
                 f"{said or code.name}. It may have been revoked; ask the federation's operator for a new one"
             )
-        if code is grpc.StatusCode.NOT_FOUND and not said:
-            return UserError(f"the coordinator knows no job {job_id}: `maskwork job list` shows those that it knows")
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        if code is grpc.StatusCode.NOT_FOUND:
+            told = said or f"there is no job {job_id}"
+            return UserError(f"the coordinator says: {told}. `maskwork job list` shows the jobs that it knows")
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED and said in ("", _OUR_DEADLINE):
             return UserError(
                 f"the coordinator at {self._target} did not answer within {ANSWER_TIMEOUT_S:g} s: try again, "
                 "or ask its operator"
@@ -301,10 +326,12 @@ class JobsClient:
             "its log says more"
         )
 
-    def _not_permitted(self, method: str, said: str) -> str:
-        roles = sorted(role.value for role in PERMISSIONS.get(_SERVICE + method, ()))
-        needed = f"it takes the certificate of one of these: {', '.join(roles)}" if roles else said or "not permitted"
-        return f"{self._own.uri} may not do this at {self._target}: {needed}. Choose another --identity directory"
+    async def _unavailable(self, said: str) -> UserError:
+        reason = await asyncio.to_thread(tls.probe_server, self._files, self._target)
+        if reason is None:
+            # It can be reached and takes our certificate: the fault is elsewhere, or has passed.
+            return UserError(f"the coordinator at {self._target} could not do it just now ({said}): try again")
+        return UserError(tls.explain_connection_failure(self._files, self._target, now=self._now(), reason=reason))
 
     def _garbled(self, error: WireError) -> UserError:
         return UserError(
@@ -331,33 +358,16 @@ def find_job(jobs: Sequence[JobSummary], wanted: str) -> JobSummary:
     raise UserError(f"{wanted!r} could be any of {len(found)} jobs: give more of the id. The latest: {several}")
 
 
-async def _send(
-    call: grpc.aio.StreamUnaryCall[jobs_pb2.SubmitJobRequest, jobs_pb2.SubmitJobResponse],
-    spec: JobSpec,
-    model: BinaryIO,
-    *,
-    progress: Progress | None,
-) -> None:
+def _submission(spec: JobSpec, model: BinaryIO, progress: Progress | None) -> Iterator[jobs_pb2.SubmitJobRequest]:
     size = os.fstat(model.fileno()).st_size
     header = jobs_pb2.SubmitJobHeader(spec_json=spec.canonical_json(), model_size=size)
-    await call.write(jobs_pb2.SubmitJobRequest(header=header))
+    yield jobs_pb2.SubmitJobRequest(header=header)
     sent = 0
     while chunk := model.read(tls.CHUNK_BYTES):
-        await call.write(jobs_pb2.SubmitJobRequest(model=chunk))
+        yield jobs_pb2.SubmitJobRequest(model=chunk)
         sent += len(chunk)
         if progress is not None:
             progress(sent, size)
-    await call.done_writing()
-
-
-async def _status_of(
-    call: grpc.aio.StreamUnaryCall[jobs_pb2.SubmitJobRequest, jobs_pb2.SubmitJobResponse],
-) -> grpc.aio.AioRpcError:
-    try:
-        await call
-    except grpc.aio.AioRpcError as error:
-        return error
-    raise UserError("the coordinator answered before it had the whole model: nothing can be relied upon, submit again")
 
 
 async def _receive(

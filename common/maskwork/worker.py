@@ -312,7 +312,7 @@ def _sendable(error: BaseException) -> Exception:
     if not isinstance(error, Exception) or type(error).__module__.partition(".")[0] not in ("builtins", "maskwork"):
         return told
     try:
-        same = type(ForkingPickler.loads(_pickled(error))) is type(error)
+        ForkingPickler.loads(_pickled(error))
     except Exception:  # a constructor that does not take back what it gave
         return told
-    return error if same else told
+    return error

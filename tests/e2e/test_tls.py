@@ -87,7 +87,7 @@ async def serving(
         return handle
 
     server = grpc.aio.server(options=options)
-    for service in ("maskwork.wire.v1.Federation", "maskwork.wire.v1.Jobs"):
+    for service in ("maskwork.wire.v1.FederationService", "maskwork.wire.v1.JobService"):
         methods = [m for m in (CONNECT, LIST_JOBS) if m.startswith(f"/{service}/")]
         handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
             m.rpartition("/")[2]: UNARY(handler(m)) for m in methods

@@ -15,12 +15,14 @@ from maskwork.net import tls
 from maskwork.net.authority import Authority
 from maskwork.net.identity import IdentityFiles, Role, TrustRoots
 from maskwork.net.permissions import allowed
+from maskwork.tensors import Schema, TensorSpec, write_model
 from maskwork.wire.job_codec import encode_details, encode_event, encode_job
 from maskwork.wire.v1 import jobs_pb2
 
 # isort: split
 # Only now: gRPC reads its cipher suites while it is imported.
 import grpc
+import numpy as np
 
 from maskwork.wire.v1.jobs_pb2_grpc import JobServiceServicer, add_JobServiceServicer_to_server
 
@@ -70,8 +72,11 @@ class FakeJobService(JobServiceServicer):
     exported_rounds: list[int] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     watch_calls: int = 0
+    failures: dict[str, tuple[grpc.StatusCode, str]] = field(default_factory=dict)
 
     async def _admit(self, method: str, context: Context) -> None:
+        if method in self.failures:
+            await context.abort(*self.failures[method])
         caller = tls.peer_identity(context, self.roots, now=time.time(), federation="ward")
         if not allowed(f"/maskwork.wire.v1.JobService/{method}", caller.identity.role):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "not permitted")
@@ -80,7 +85,7 @@ class FakeJobService(JobServiceServicer):
         for job in self.jobs:
             if job.job_id == job_id:
                 return job
-        await context.abort(grpc.StatusCode.NOT_FOUND, "")
+        await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no job {job_id}")
         raise AssertionError
 
     async def SubmitJob(
@@ -125,7 +130,7 @@ class FakeJobService(JobServiceServicer):
         await self._admit("AbortJob", context)
         job = await self._known(request.job_id, context)
         if job.ended:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"job {job.job_id} is {job.state} already")
+            return jobs_pb2.AbortJobResponse(job=encode_job(job))
         self.aborted.append(job.job_id)
         return jobs_pb2.AbortJobResponse(job=encode_job(summary(job.job_id, name=job.name, state="aborted")))
 
@@ -171,3 +176,11 @@ def summary(
         submitted_at=EPOCH,
         model_digest=hashlib.sha256(job_id.encode()).digest(),
     )
+
+
+def a_model(folder: Path, *, parameters: int = 700_000) -> Path:
+    """A model file in `folder`."""
+    path = folder / "m.safetensors"
+    vector = np.linspace(-1, 1, parameters, dtype=np.float32)
+    write_model(path, Schema((TensorSpec("w", "F32", (parameters,)),)), vector, {})
+    return path

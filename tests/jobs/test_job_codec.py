@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.jobs import scripted_events as make
 
 from maskwork.job_events import (
     STAGES,
@@ -25,7 +26,6 @@ from maskwork.secagg.server_states import Stage
 from maskwork.wire.codec import WireError
 from maskwork.wire.job_codec import decode_details, decode_event, encode_details, encode_event, printable
 from maskwork.wire.v1 import jobs_pb2
-from tests.jobs import scripted_events as make
 
 JOB = st.just(make.JOB)
 TEXTS = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")), max_size=20).map(printable)

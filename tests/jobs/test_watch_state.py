@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.jobs import scripted_events as make
 
 from maskwork.job_events import AttemptAborted, ConnectionLost, JobSummary, Waiting, WatchEvent
 from maskwork.watch_state import KEPT_NOTICES, KEPT_ROUNDS, NoticeKind, WatchState, bytes_text, some
-from tests.jobs import scripted_events as make
 
 QUEUED = JobSummary(make.JOB, make.T0, "digits", "digits", "queued", 20, 0)
 RUNNING = replace(QUEUED, state="running")
@@ -58,7 +58,7 @@ def test_a_stage_ends_when_the_next_begins() -> None:
 
 
 def test_what_is_repeated_after_a_reconnection_says_nothing_new() -> None:
-    history = [RUNNING, *make.whole_round(1), make.attempt_opened(2), make.stage_opened("unmask", 2)]
+    history: list[WatchEvent] = [RUNNING, *make.whole_round(1), make.attempt_opened(2), make.stage_opened("unmask", 2)]
     history += [make.answered("unmask", "east", 2), make.dropped("west", 2)]
     once = after(history)
     assert after(history, once) == once
@@ -66,7 +66,7 @@ def test_what_is_repeated_after_a_reconnection_says_nothing_new() -> None:
 
 @given(st.data())
 def test_a_repeat_from_anywhere_says_nothing_new(data: st.DataObject) -> None:
-    history = [RUNNING, *make.whole_round(1), *make.whole_round(2), *make.whole_round(3)[:-3]]
+    history: list[WatchEvent] = [RUNNING, *make.whole_round(1), *make.whole_round(2), *make.whole_round(3)[:-3]]
     repeated = data.draw(st.lists(st.sampled_from(history), max_size=20))
     once = after(history)
     assert after(repeated, once) == once
@@ -84,8 +84,8 @@ def test_a_connection_lost_and_found_is_told_once_each() -> None:
 
 
 def test_an_aborted_attempt_and_the_next() -> None:
-    events = [make.attempt_opened(), make.stage_opened("share-keys"), make.dropped("west"), ABORTED_ATTEMPT]
-    state = after(events)
+    opening: list[WatchEvent] = [make.attempt_opened(), make.stage_opened("share-keys"), make.dropped("west")]
+    state = after([*opening, ABORTED_ATTEMPT])
     assert state.attempt is not None
     assert state.attempt.outcome == "aborted"
     assert texts(state)[-1] == (

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
+from tests.jobs import scripted_events as make
 
 from maskwork.job_events import STAGES, AttemptAborted, ConnectionLost, JobSummary, Waiting, WatchEvent
 from maskwork.watch_state import Notice, NoticeKind, WatchState
 from maskwork.watch_view import WatchScreen, duration_text, follow, plain_line
-from tests.jobs import scripted_events as make
 
 RUNNING = JobSummary(make.JOB, make.T0, "digits", "digits", "running", 20, 0)
 COMPLETED = replace(RUNNING, state="completed", rounds_committed=20)

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from tests.secagg.harness import Federation, Uplink, make_plan, session_seed, signer
+from tests.secagg.cohort import make_plan, session_seed, signer
+from tests.secagg.harness import Federation, Uplink
 
 from maskwork.secagg import client_states, keys, server
 from maskwork.secagg.dealing import Dealer, HeldShares, deal, leaves

@@ -15,13 +15,11 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from tests.secagg.harness import (
+from tests.secagg.cohort import (
     NOW,
     Certificates,
-    Federation,
     Verified,
     certificate_of,
-    clean_run,
     make_plan,
     make_site,
     session_seed,
@@ -29,6 +27,7 @@ from tests.secagg.harness import (
     update_of,
     weight_of,
 )
+from tests.secagg.harness import Federation, clean_run
 from tests.secagg_numerics.test_numerics_encoding import (
     test_dequantisation_right_for_two_clients_only,
     test_weights_above_their_cap_only_warned_about,

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tests.secagg.harness import make_plan, make_proposal
+from tests.secagg.cohort import make_plan, make_proposal
 
 from maskwork.secagg import keys
 from maskwork.secagg.encoding import Encoding, Rotation

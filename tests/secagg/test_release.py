@@ -9,17 +9,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.secagg.harness import (
-    MODEL_DIGEST,
-    NOW,
-    Federation,
-    clean_run,
-    make_plan,
-    make_proposal,
-    make_site,
-    name_of,
-    signer,
-)
+from tests.secagg.cohort import MODEL_DIGEST, NOW, make_plan, make_proposal, make_site, name_of, signer
+from tests.secagg.harness import Federation, clean_run
 
 from maskwork.secagg import client
 from maskwork.secagg.client_states import (

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 
 import pytest
-from tests.secagg.harness import NOW, Federation, clean_run, make_plan, session_seed
-from tests.secagg.test_participant_checks import dealt_anew
+from tests.secagg.cohort import NOW, make_plan, session_seed
+from tests.secagg.harness import Federation, clean_run
+from tests.secagg.test_participant_checks_of_sums import dealt_anew
 
 from maskwork.secagg import client, dealing, keys
 from maskwork.secagg.client_states import (

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.secagg.harness import Federation, clean_run, make_plan, name_of, update_of, weight_of
+from tests.secagg.cohort import make_plan, name_of, update_of, weight_of
+from tests.secagg.harness import Federation, clean_run
 
 from maskwork.secagg.client_states import (
     Completed,

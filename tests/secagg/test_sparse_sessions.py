@@ -6,7 +6,8 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-from tests.secagg.harness import NOW, Federation, make_plan, make_site
+from tests.secagg.cohort import NOW, make_plan, make_site
+from tests.secagg.harness import Federation
 
 from maskwork.secagg import client, server, server_states
 from maskwork.secagg.client_states import (
@@ -20,7 +21,7 @@ from maskwork.secagg.client_states import (
     UploadUpdate,
 )
 from maskwork.secagg.errors import AbortReason, DropReason
-from maskwork.secagg.graph import GraphKind, window_pair_bound
+from maskwork.secagg.graph import GraphKind, NeighbourGraph, window_pair_bound
 from maskwork.secagg.keys import ShareKind
 from maskwork.secagg.messages import (
     AdvertiseKeys,
@@ -181,13 +182,19 @@ def test_a_signature_of_a_survivor_that_holds_no_share_of_ours() -> None:
 
 
 def test_a_dropout_whose_holders_are_gone_ends_the_session_before_anybody_signs() -> None:
-    """Its mask key could not be put together: that is known when U3 is, and no signature is asked for."""
-    run = run_with_dropouts()
-    state = run.opening(CollectingUpdates)
-    victim = 0
-    holders = [h for h in state.graph.holders(victim) if h in state.dealings]
-    silent = {victim, *holders[: len(holders) - state.session.plan.graph.threshold + 1]}
-    for index in frozenset(state.dealings) - silent:
+    """Its mask key could not be put together: that is known when U3 is, and no signature is asked for.
+
+    Where 2t > k no such set was found in which every survivor still has t holders, so the graph here is a denser one
+    (k = 20 under t = 7) than any plan has: one dropout is left with 6 holders, everyone in U3 with 7 or more.
+    """
+    run = Federation(make_plan(N)).run_to(CollectingUpdates)
+    graph = NeighbourGraph(GraphKind.SPARSE, 20, tuple(range(N)))
+    state = replace(run.opening(CollectingUpdates), graph=graph)
+    gaps = {0, 3, 5, 10, 11, 12, 13, 16, 18} | {N - i for i in (20, 19, 18, 17, 16, 15, 13, 12, 11, 10, 9, 7, 3, 1)}
+    living = ALL - gaps
+    assert min(len(living & set(graph.holders(i))) for i in gaps) == 6
+    assert min(len(living & set(graph.holders(i))) for i in living) == 7
+    for index in sorted(living):
         following = server.step(state, UploadCompleted(index)).state
         assert isinstance(following, CollectingUpdates)
         state = following

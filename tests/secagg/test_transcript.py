@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from tests.secagg.harness import NOW
+from tests.secagg.cohort import NOW
 from tests.vectors import generate_bad_messages, generate_transcript
 
 from maskwork.secagg import client, client_states, server, server_states
@@ -210,6 +210,10 @@ def test_every_message_decodes_to_its_kind() -> None:
 
 def name_of_case(case: Case) -> str:
     return f"{case['receiver']}: {case['name']}"
+
+
+def refused_by(receiver: str) -> list[Case]:
+    return [case for case in BAD if case["receiver"] == receiver and case["fails_at"] != "decode"]
 
 
 def decode(case: Case) -> object:

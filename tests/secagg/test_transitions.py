@@ -6,7 +6,8 @@ from dataclasses import fields, is_dataclass
 from typing import get_args
 
 import pytest
-from tests.secagg.harness import NOW, Federation, clean_run, make_plan
+from tests.secagg.cohort import NOW, make_plan
+from tests.secagg.harness import Federation, clean_run
 
 from maskwork.secagg import client, client_states, server, server_states
 from maskwork.secagg.errors import AbortReason, DropReason, IllegalEvent

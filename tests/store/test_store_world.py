@@ -128,14 +128,14 @@ def test_a_newer_schema_is_left_alone(opener: Opener, tmp_path: Path) -> None:
     opener(tmp_path).close()
     with closing(sqlite3.connect(tmp_path / DATABASE_NAME)) as other, other:
         other.execute("UPDATE alembic_version SET version_num = 'from_the_future'")
-    fails(opener, tmp_path, "schema 'from_the_future', which this program", "A newer version wrote it")
+    fails(opener, tmp_path, "schema 'from_the_future', which this program", "Install the newer version that wrote it")
 
 
 def test_one_sides_database_is_not_taken_for_the_others(tmp_path: Path) -> None:
     for first, second in ((open_store, open_ledger), (open_ledger, open_store)):
         directory = tmp_path / first.__name__
         first(directory).close()
-        fails(second, directory, "does not know", "name another")
+        fails(second, directory, "does not know", "name a file that is the")
 
 
 @both

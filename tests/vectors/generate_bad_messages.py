@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from tests.secagg.harness import signer
+from tests.secagg.cohort import signer
 from tests.vectors.generate_transcript import Case, N, session
 
 from maskwork.secagg import keys

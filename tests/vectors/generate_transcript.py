@@ -20,10 +20,8 @@ from pathlib import Path
 import numpy as np
 from cryptography.hazmat.primitives.serialization import Encoding as KeyEncoding
 from cryptography.hazmat.primitives.serialization import PublicFormat
-from tests.secagg.harness import (
+from tests.secagg.cohort import (
     COORDINATOR_SCALAR,
-    Federation,
-    Member,
     certificate_of,
     make_plan,
     name_of,
@@ -33,6 +31,7 @@ from tests.secagg.harness import (
     update_of,
     weight_of,
 )
+from tests.secagg.harness import Federation, Member
 
 from maskwork.secagg import keys, masking, prg
 from maskwork.secagg.client_states import AdvertisedKeys, MaskUpdate, SharedKeys, UploadUpdate

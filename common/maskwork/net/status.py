@@ -23,6 +23,7 @@ class Refusal(Enum):
     NOT_NOW = grpc.StatusCode.FAILED_PRECONDITION
     NOT_ALLOWED = grpc.StatusCode.PERMISSION_DENIED
     TOO_MUCH = grpc.StatusCode.RESOURCE_EXHAUSTED
+    STOPPING = grpc.StatusCode.UNAVAILABLE
     TOO_SLOW = grpc.StatusCode.DEADLINE_EXCEEDED
 
 

@@ -288,11 +288,11 @@ def decode_request(request: federation_pb2.ConnectRequest) -> Request:
         match kind:
             case "hello":
                 h = request.hello
-                return Hello(tuple(h.versions), h.software[:200], tuple(h.tasks), request.session_id)
+                return Hello(tuple(h.versions), _shown(h.software, 200), tuple(h.tasks), request.session_id)
             case "upload_ready":
                 return UploadReady()
             case "decline":
-                detail = request.decline.detail[: domain.MAX_DETAIL]
+                detail = _shown(request.decline.detail, domain.MAX_DETAIL)
                 return domain.Decline(DeclineCode(request.decline.code), detail)
             case "advertise_keys":
                 return _decode_advertise_keys(request.advertise_keys)
@@ -312,6 +312,11 @@ def decode_request(request: federation_pb2.ConnectRequest) -> Request:
         raise
     except ValueError as error:
         raise WireError(f"{kind}: {error}") from error
+
+
+def _shown(text: str, most: int) -> str:
+    """A peer's words as they may be logged and shown: cut, and without what a terminal takes for commands."""
+    return "".join(c if c.isprintable() else "?" for c in text[:most])
 
 
 def _advertise_keys(message: domain.AdvertiseKeys) -> session_pb2.AdvertiseKeys:
@@ -436,7 +441,7 @@ def decode_response(response: federation_pb2.ConnectResponse, roster_size: int) 
                 return domain.SurvivorSignatures(tuple((s.index, s.signature) for s in signatures))
             case "session_closed":
                 closed = response.session_closed
-                return domain.SessionClosed(closed.released, closed.phrase[:200])
+                return domain.SessionClosed(closed.released, _shown(closed.phrase, 200))
             case _:
                 raise WireError("a message of no known kind")
     except WireError:

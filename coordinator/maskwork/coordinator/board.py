@@ -27,10 +27,14 @@ class Subscription:
     def put(self, event: JobEvent) -> bool:
         """Queue an event; False when the watcher is cut off instead."""
         if self._queue.qsize() >= WATCHER_LIMIT:
-            self._queue.put_nowait(None)
+            self.end()
             return False
         self._queue.put_nowait(event)
         return True
+
+    def end(self) -> None:
+        """No more events after those that are queued."""
+        self._queue.put_nowait(None)
 
     def __aiter__(self) -> Subscription:
         return self
@@ -48,6 +52,7 @@ class EventBoard:
     def __init__(self) -> None:
         self._current: dict[str, list[JobEvent]] = defaultdict(list)
         self._watchers: dict[str, set[Subscription]] = defaultdict(set)
+        self.closed = False
 
     def publish(self, event: JobEvent) -> None:
         """Post an event to the job's watchers and remember it as part of the current attempt."""
@@ -64,10 +69,19 @@ class EventBoard:
         self._current.pop(job_id, None)
         self._watchers.pop(job_id, None)
 
+    def close(self) -> None:
+        """The process stops: end every subscription, also those to come."""
+        self.closed = True
+        for watchers in self._watchers.values():
+            for watcher in watchers:
+                watcher.end()
+
     @contextmanager
     def subscribe(self, job_id: str) -> Iterator[Subscription]:
         """The current attempt so far, then what happens."""
         subscription = Subscription(self._current.get(job_id, []))
+        if self.closed:
+            subscription.end()
         self._watchers[job_id].add(subscription)
         try:
             yield subscription

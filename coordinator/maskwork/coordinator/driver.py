@@ -28,7 +28,7 @@ from maskwork import job_events as events
 from maskwork.coordinator import aggregation, rounds
 from maskwork.coordinator.aggregation import Convicted, Implausible, Release, Released
 from maskwork.coordinator.board import EventBoard
-from maskwork.coordinator.models import ModelStore
+from maskwork.coordinator.models import ModelDamaged, ModelStore
 from maskwork.coordinator.peers import Peer
 from maskwork.coordinator.records import (
     AttemptOutcome,
@@ -43,12 +43,14 @@ from maskwork.coordinator.runner import SessionRunner, Surroundings
 from maskwork.coordinator.session import ActiveSession, shape_of
 from maskwork.coordinator.spool import Spool, UploadSlots
 from maskwork.coordinator.store import Store
+from maskwork.errors import StoreError
 from maskwork.job import parse_spec
 from maskwork.metrics import means
 from maskwork.secagg import keys, server
 from maskwork.secagg import server_states as core
 from maskwork.secagg.encoding import EncodingParameterError
 from maskwork.secagg.errors import AbortReason, DropReason, PlanError
+from maskwork.secagg.graph import GraphError
 from maskwork.secagg.keys import Signer
 from maskwork.secagg.messages import (
     ParticipantMessage,
@@ -56,7 +58,7 @@ from maskwork.secagg.messages import (
     SessionClosed,
 )
 from maskwork.secagg.plan import session_id
-from maskwork.tensors import read_schema
+from maskwork.tensors import ModelFileError, read_schema
 from maskwork.wire import codec
 from maskwork.wire.codec import UploadReady
 from maskwork.worker import WorkerProcess
@@ -101,6 +103,14 @@ class PeerMisbehaved:
 
 
 @dataclass(frozen=True, slots=True)
+class UploadBegan:
+    """A member with a grant has begun to stream."""
+
+    session: bytes
+    member: int
+
+
+@dataclass(frozen=True, slots=True)
 class UploadEnded:
     """An upload stream ended: whole, or cut."""
 
@@ -134,12 +144,29 @@ class JobAborted:
 
 
 @dataclass(frozen=True, slots=True)
+class Crashed:
+    """Work beside the loop ended with an error that nobody expected: the loop ends with it."""
+
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
 class Look:
     """Time to look whether an attempt can be opened or a job started."""
 
 
 Happening: TypeAlias = (
-    PeerConnected | PeerGone | PeerSaid | PeerMisbehaved | UploadEnded | SessionEvent | ReleaseDone | JobAborted | Look
+    PeerConnected
+    | PeerGone
+    | PeerSaid
+    | PeerMisbehaved
+    | UploadBegan
+    | UploadEnded
+    | SessionEvent
+    | ReleaseDone
+    | JobAborted
+    | Crashed
+    | Look
 )
 
 
@@ -212,21 +239,21 @@ class Driver:
         self._spawn(self.post(happening))
 
     def spool_for(self, site: PresentSite, session: bytes) -> tuple[Spool, int] | None:
-        """The spool of a member that may upload to this session now."""
+        """The spool of a member that may upload to this session now: one that was granted a slot."""
         active = None if self._runner is None else self._runner.session
         if active is None or active.id != session:
             return None
         member = active.index_of(site.name, site.fingerprint)
         if member is None or member not in server.outstanding(active.state):
             return None
-        if not isinstance(active.state, core.CollectingUpdates):
+        if not isinstance(active.state, core.CollectingUpdates) or not active.slots.holds(member):
             return None
         return active.spool(member), member
 
-    def download(self, digest: bytes) -> Path | bytes | None:
+    def download(self, site: PresentSite, digest: bytes) -> Path | bytes | None:
         """What a member of the open session may fetch: the global model's file, or the roster's certificates."""
         active = None if self._runner is None else self._runner.session
-        if active is None:
+        if active is None or active.index_of(site.name, site.fingerprint) is None:
             return None
         if digest == active.plan.model_digest:
             return self._models.path(digest)
@@ -238,6 +265,7 @@ class Driver:
     async def run(self) -> None:
         """Recover, then handle one event after the other until cancelled."""
         await self._recover()
+        self._after_step()
         await self._consider()
         while True:
             await self._handle(await self._inbox.get())
@@ -251,8 +279,17 @@ class Driver:
         if runner is not None and not isinstance(runner.session.state, core.CollectingUnmask | core.RemovingMasks):
             await runner.step(core.Cancelled(AbortReason.CANCELLED, "the coordinator stops"))
             self._after_step()
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Close every stream and stop what runs beside the loop, without a word to anybody."""
+        self.board.close()
         for peer in tuple(self._peers.values()):
             peer.close()
+        if self._look_timer is not None:
+            self._look_timer.cancel()
+        if self._runner is not None:
+            self._runner.session.cancel_timers()
         for task in tuple(self._tasks):
             task.cancel()
 
@@ -266,6 +303,9 @@ class Driver:
                 await self._said(peer, session, message)
             case PeerMisbehaved(peer, detail):
                 await self._misbehaved(peer, detail)
+            case UploadBegan(session, member):
+                if (runner := self._runner_of(session)) is not None:
+                    runner.upload_began(member)
             case UploadEnded(session, member):
                 if (runner := self._runner_of(session)) is not None:
                     await runner.upload_ended(member)
@@ -277,6 +317,8 @@ class Driver:
                     await self._released(runner, release)
             case JobAborted():
                 await self._abort_job(happening)
+            case Crashed(error):
+                raise error
             case Look():
                 pass
             case _:
@@ -305,6 +347,7 @@ class Driver:
             match decision:
                 case OpenAttempt(cohort):
                     await self._open_attempt(self._run, cohort)
+                    self._after_step()
                 case Wait(why, until):
                     self._tell_waiting(why)
                     if until is not None:
@@ -324,7 +367,12 @@ class Driver:
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.post_soon(Crashed(error))
 
     def _post_later(self, seconds: float, session: bytes, event: core.Event) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(seconds, self.post_soon, SessionEvent(session, event))
@@ -342,14 +390,19 @@ class Driver:
         if record is None:
             return False
         self._store.set_job_state(record.job_id, JobState.RUNNING)
-        self._run = self._job_run(record)
         self._publish_job(record.job_id)
         log.info("job started", job=record.job_id, task=record.task, rounds=record.rounds_total)
-        return True
+        self._run = self._job_run(record)
+        return self._run is not None or self._start_next_job()
 
-    def _job_run(self, record: JobRecord) -> JobRun:
-        spec = parse_spec(record.spec_json.encode())
-        schema = read_schema(self._models.path(record.current_model))
+    def _job_run(self, record: JobRecord) -> JobRun | None:
+        """The job as it stands; None, and the job has failed, when its spec or its model cannot be read any more."""
+        try:
+            spec = parse_spec(record.spec_json.encode())
+            schema = read_schema(self._models.verify(record.current_model))
+        except (ModelDamaged, ModelFileError, ValueError) as error:
+            self._end_job(record.job_id, JobState.FAILED, str(error))
+            return None
         return JobRun(
             record.job_id,
             spec,
@@ -383,7 +436,8 @@ class Driver:
             else:
                 self._store.set_job_state(request.job_id, JobState.ABORTED, reason)
                 self._publish_job(request.job_id)
-        request.done.set_result(self._store.job(request.job_id))
+        if not request.done.done():  # who asked may have hung up
+            request.done.set_result(self._store.job(request.job_id))
 
     def _publish_job(self, job_id: str) -> None:
         record = self._store.job(job_id)
@@ -410,8 +464,11 @@ class Driver:
                 nonce=self._entropy(16),
                 training_digest=hashlib.sha256(config).digest(),
             )
-        except (PlanError, EncodingParameterError) as error:
+        except (PlanError, EncodingParameterError, GraphError) as error:
             self._end_job(run.job_id, JobState.FAILED, f"no plan can be made for {len(cohort)} sites: {error}")
+            return
+        model_size = self._model_size(run)
+        if model_size is None:
             return
         plan_bytes = codec.encode_plan(plan)
         identifier = session_id(plan_bytes)
@@ -423,9 +480,12 @@ class Driver:
         )
         certificates = tuple(self._peers[site.name].certificate for site in cohort)
         started = server.begin(Proposal(plan_bytes, signature, plan), _public_keys(certificates))
-        session = self._new_session(run.job_id, started.state, certificates, config)
-        session.folder.mkdir(parents=True)
-        aggregation.create_accumulator(session.accumulator, session.shape)
+        session = self._new_session(run.job_id, started.state, certificates, config=config, model_size=model_size)
+        try:
+            session.folder.mkdir(parents=True)
+            aggregation.create_accumulator(session.accumulator, session.shape)
+        except OSError as error:
+            raise StoreError.from_cause(error, file=session.folder) from error
         runner = self._runner = SessionRunner(session, self._around)
         self._waiting_told = ""
         self.board.publish(
@@ -442,8 +502,16 @@ class Driver:
         log.info("attempt opened", job=run.job_id, round=run.round_number, attempt=run.attempt, cohort=plan.cohort)
         await runner.perform(started)
 
+    def _model_size(self, run: JobRun) -> int | None:
+        """Bytes of the global model's file; None, and the job has failed, when it is gone."""
+        try:
+            return self._models.path(run.model).stat().st_size
+        except (ModelDamaged, OSError) as error:
+            self._end_job(run.job_id, JobState.FAILED, str(error))
+            return None
+
     def _new_session(
-        self, job_id: str, state: core.State, certificates: tuple[bytes, ...], config: bytes
+        self, job_id: str, state: core.State, certificates: tuple[bytes, ...], *, config: bytes, model_size: int
     ) -> ActiveSession:
         return ActiveSession(
             job_id=job_id,
@@ -452,7 +520,7 @@ class Driver:
             folder=self._sessions / state.session.id.hex(),
             certificates=certificates,
             training_config=config,
-            model_size=self._models.path(state.session.plan.model_digest).stat().st_size,
+            model_size=model_size,
             slots=UploadSlots(self._max_uploads),
             opened_at=self._clock(),
         )
@@ -506,9 +574,15 @@ class Driver:
             events.AttemptAborted(session.job_id, now, p.round_number, p.attempt, state.reason.value, state.detail)
         )
         log.warning("attempt aborted", job=p.job, round=p.round_number, reason=state.reason.value, detail=state.detail)
+        # Of a disputed ciphertext nobody can tell who lied: both are asked again when they connect anew.
+        disputed = state.reason is AbortReason.COMPLAINT_DISPUTED
         if self._run is not None:
             self._run = rounds.after_abort(
-                self._run, reason=state.reason, excluded={**session.excluded, **blamed}, now=now
+                self._run,
+                reason=state.reason,
+                excluded={**session.excluded, **(blamed if disputed else {})},
+                barred={} if disputed else blamed,
+                now=now,
             )
         runner.forget()
         self._runner = None
@@ -524,6 +598,7 @@ class Driver:
 
     async def _connected(self, peer: Peer) -> None:
         older = self._peers.get(peer.name)
+        before = None if older is None else self._place(older)
         if older is not None:
             older.close()
         self._peers[peer.name] = peer
@@ -536,6 +611,8 @@ class Driver:
             return
         if place is not None:
             await place[0].lose(place[1], DropReason.DISCONNECTED, "came back without this session")
+        elif before is not None:
+            await before[0].lose(before[1], DropReason.DISCONNECTED, "came back with another certificate")
         if peer.active_session:
             closed = SessionClosed(released=False, phrase="that session is over")
             peer.send(codec.encode_response(peer.active_session, closed, 0))
@@ -569,26 +646,24 @@ class Driver:
     async def _recover(self) -> None:
         """Go on where the last process stopped: resume a session that asked for unmasking, give up any other."""
         self._models.sweep(set(self._store.referenced_models()))
-        keep: Path | None = None
+        keep = ""
         for record in self._store.jobs():
             if record.state is not JobState.RUNNING:
                 continue
             self._run = self._job_run(record)
             resume = self._store.resume_record(record.job_id)
             attempt = self._store.current_attempt(record.job_id)
-            if resume is not None:
-                keep = Path(resume.accumulator_path).parent
-                await self._resume(record, resume)
+            if self._run is not None and resume is not None:
+                keep = resume.session_id.hex()
+                await self._resume(self._run, resume)
             elif attempt is not None:
                 self._store.close_attempt(attempt.session_id, AttemptOutcome.ABANDONED, "the coordinator restarted")
                 log.warning("attempt abandoned", job=record.job_id, round=attempt.round_number)
-                self._run = self._job_run(record)
-            break
         for folder in self._sessions.iterdir():
-            if folder != keep:
+            if folder.name != keep:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    async def _resume(self, record: JobRecord, resume: ResumeRecord) -> None:
+    async def _resume(self, run: JobRun, resume: ResumeRecord) -> None:
         transcript = codec.decode_transcript(resume.blob)
         plan = codec.decode_plan(transcript.plan_bytes)
         proposal = Proposal(transcript.plan_bytes, transcript.plan_signature, plan)
@@ -600,12 +675,11 @@ class Driver:
             u3=transcript.u3,
             signatures=transcript.signatures,
         )
-        assert self._run is not None
-        config = self._run.spec.training.canonical_json()
-        session = self._new_session(record.job_id, state, transcript.certificates, config)
+        config, model_size = run.spec.training.canonical_json(), self._models.path(run.model).stat().st_size
+        session = self._new_session(run.job_id, state, transcript.certificates, config=config, model_size=model_size)
         session.uplink_bytes = len(transcript.u3) * shape_of(plan).upload_bytes
         runner = self._runner = SessionRunner(session, self._around)
-        log.warning("session resumed", job=record.job_id, round=plan.round_number, survivors=len(transcript.u3))
+        log.warning("session resumed", job=run.job_id, round=plan.round_number, survivors=len(transcript.u3))
         step = server.resume(state)
         session.state = step.state
         await runner.perform(step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
 
@@ -75,8 +76,9 @@ class Guard(grpc.aio.ServerInterceptor):
         ) -> AsyncIterator[Message]:
             try:
                 self._admit(method, context)
-                async for response in behaviour(request, context):
-                    yield response
+                async with aclosing(behaviour(request, context)) as responses:  # so that its end is seen at once
+                    async for response in responses:
+                        yield response
             except Exception as error:
                 await self._refuse(method, context, error)
 

@@ -6,6 +6,7 @@ read and its numbers are checked before a job exists.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from maskwork.coordinator.board import EventBoard
 from maskwork.coordinator.driver import round_event, summary
-from maskwork.coordinator.models import ModelStore
+from maskwork.coordinator.models import ModelStore, ModelTooLarge
 from maskwork.coordinator.records import FIRST_ATTEMPT, FIRST_ROUND, JobRecord, JobState
 from maskwork.coordinator.store import Store
 from maskwork.job import JobSpec, parse_spec
@@ -62,13 +63,16 @@ class JobDesk:
 
     async def _take_model(self, size: int, chunks: AsyncIterable[bytes]) -> bytes:
         with self._models.incoming(max_bytes=size) as incoming:
-            async for chunk in chunks:
-                incoming.write(chunk)
+            try:
+                async for chunk in chunks:
+                    incoming.write(chunk)
+            except ModelTooLarge as error:
+                raise Refused(Refusal.INVALID, f"more than the {size} bytes that were announced") from error
             if incoming.size != size:
                 raise Refused(Refusal.INVALID, f"the model has {incoming.size} bytes, {size} were announced")
             digest = incoming.commit()
         try:
-            read_finite_vector(self._models.path(digest))
+            await asyncio.to_thread(read_finite_vector, self._models.path(digest))
         except ModelFileError as error:
             raise Refused(Refusal.INVALID, f"the initial model is not usable: {error}") from error
         return digest
@@ -121,7 +125,7 @@ class JobDesk:
         """The job as it stands, its past rounds, the attempt going on, then what happens until it ends.
 
         Raises:
-            Refused: there is no such job.
+            Refused: there is no such job, the watcher does not keep up, or the coordinator stops.
         """
         self._find(job_id)
         with self._board.subscribe(job_id) as subscription:
@@ -138,6 +142,9 @@ class JobDesk:
                 yield event
                 if isinstance(event, JobSummary) and event.ended:
                     return
+        if self._board.closed:
+            raise Refused(Refusal.STOPPING, "the coordinator stops")
+        raise Refused(Refusal.TOO_MUCH, "this watcher has fallen too far behind")
 
     def model(self, job_id: str, round_number: int) -> tuple[bytes, Path]:
         """Digest and file of a committed model; round 0 means the newest.

@@ -54,10 +54,12 @@ class JobRun:
         model: digest of the model that the round starts from.
         parameters: length of its flat vector.
         previous_survivors: names of the survivors of the last committed round.
-        excluded: sites left out of this job, each with why.
+        excluded: sites left out until they connect anew, each with why.
+        barred: sites convicted of dishonesty, left out of the rest of the job, each with why.
         failures: attempts at this round that came to nothing.
         not_before: time before which no attempt is opened (seconds since the epoch).
         ready_since: since when the minimum cohort has been there.
+        settled: the sites that the last attempt was opened with; while they are all there, nobody else is waited for.
     """
 
     job_id: str
@@ -68,9 +70,11 @@ class JobRun:
     parameters: int
     previous_survivors: tuple[str, ...]
     excluded: Mapping[str, str] = field(default_factory=dict)
+    barred: Mapping[str, str] = field(default_factory=dict)
     failures: int = 0
     not_before: float = 0.0
     ready_since: float | None = None
+    settled: frozenset[str] = frozenset()
     last_abort: str = ""
 
 
@@ -121,15 +125,19 @@ def decide(run: JobRun, present: Collection[PresentSite], *, now: float, rand: b
     waiting = replace(run, ready_since=since)
     if now < run.not_before:
         return waiting, Wait(f"retrying round {run.round_number} after {run.last_abort}", run.not_before)
-    wanted = set(cohort.participants) or None
-    complete = wanted is not None and {s.name for s in usable} == wanted
+    names = {s.name for s in usable}
+    settled = run.settled - run.excluded.keys() - run.barred.keys()
+    complete = names == set(cohort.participants) or (bool(settled) and settled <= names)
     if not complete and len(usable) < cohort.max_participants and now < since + cohort.wait_s:
         return waiting, Wait(f"{len(usable)} sites are ready; waiting for more", since + cohort.wait_s)
     chosen = sorted(usable, key=lambda s: hashlib.sha256(rand + s.name.encode()).digest())[: cohort.max_participants]
-    return waiting, OpenAttempt(tuple(sorted(chosen, key=lambda s: s.name)))
+    opened = replace(waiting, settled=frozenset(s.name for s in chosen))
+    return opened, OpenAttempt(tuple(sorted(chosen, key=lambda s: s.name)))
 
 
-def after_abort(run: JobRun, *, reason: AbortReason, excluded: Mapping[str, str], now: float) -> JobRun:
+def after_abort(
+    run: JobRun, *, reason: AbortReason, excluded: Mapping[str, str], barred: Mapping[str, str], now: float
+) -> JobRun:
     """The job after an attempt that came to nothing: a new attempt number, a pause that grows, the blamed left out."""
     pause = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** min(run.failures, 20))
     return replace(
@@ -139,6 +147,7 @@ def after_abort(run: JobRun, *, reason: AbortReason, excluded: Mapping[str, str]
         not_before=now + pause,
         ready_since=None,
         excluded={**run.excluded, **excluded},
+        barred={**run.barred, **barred},
         last_abort=reason.value,
     )
 
@@ -166,7 +175,10 @@ def exclude(run: JobRun, sites: Mapping[str, str]) -> JobRun:
 
 
 def readmit(run: JobRun, site: str) -> JobRun:
-    """A site that declined or was dropped is asked again after it has connected anew: its operator may have acted."""
+    """A site that declined or was dropped is asked again after it has connected anew: its operator may have acted.
+
+    One that was convicted is not: a dishonest dealer that reconnects would cost the job an attempt each time.
+    """
     return replace(run, excluded={name: why for name, why in run.excluded.items() if name != site})
 
 
@@ -190,7 +202,8 @@ def build_plan(
         audit_head: head of the coordinator's audit chain; zeros until there is one.
 
     Raises:
-        PlanError, EncodingParameterError: the job asks for something that cannot be (too many bits for the cohort).
+        PlanError, EncodingParameterError, GraphError: the job asks for something that cannot be (too many bits for
+            the cohort, a graph that no search finds).
     """
     spec = run.spec
     return RoundPlan(
@@ -223,7 +236,10 @@ def _usable(run: JobRun, present: Collection[PresentSite]) -> list[PresentSite]:
     return [
         site
         for site in present
-        if site.name not in run.excluded and run.spec.task in site.tasks and (not wanted or site.name in wanted)
+        if site.name not in run.excluded
+        and site.name not in run.barred
+        and run.spec.task in site.tasks
+        and (not wanted or site.name in wanted)
     ]
 
 
@@ -232,7 +248,7 @@ def _shortage(run: JobRun, present: Collection[PresentSite], usable: list[Presen
     without = sorted(s.name for s in present if run.spec.task not in s.tasks)
     if without:
         parts.append(f"not configured for task {run.spec.task}: {', '.join(without)}")
-    parts.extend(f"{name}: {why}" for name, why in sorted(run.excluded.items()))
+    parts.extend(f"{name}: {why}" for name, why in sorted({**run.excluded, **run.barred}.items()))
     missing = sorted(set(run.spec.cohort.participants) - {s.name for s in present})
     if missing:
         parts.append(f"not connected: {', '.join(missing)}")

@@ -35,6 +35,8 @@ from maskwork.worker import WorkerDied, WorkerFault, WorkerProcess
 
 log = structlog.get_logger("maskwork.coordinator")
 
+GRANT_S = 30.0
+"""A member that was granted a slot and does not begin to stream within this time leaves it to the others."""
 RELEASE_TRIES = 2
 """A worker that dies while unmasking (out of memory, killed) is tried again once: the accumulator is as it was."""
 
@@ -81,7 +83,9 @@ class SessionRunner:
         try:
             for effect in step.effects:
                 await self._perform(effect)
-        except (WorkerDied, WorkerFault, ValueError) as error:
+        except StoreError:
+            raise
+        except (WorkerDied, WorkerFault, ValueError, OSError) as error:
             await self.step(core.Cancelled(AbortReason.AGGREGATION_FAILED, str(error)))
 
     async def _perform(self, effect: core.Effect) -> None:
@@ -112,6 +116,10 @@ class SessionRunner:
         if wanted and self.session.slots.ask(member):
             self._grant(member)
 
+    def upload_began(self, member: int) -> None:
+        """A member streams: from now on the service sees to it that it does not stop."""
+        self._cancel_timer("grant", member)
+
     async def upload_ended(self, member: int) -> None:
         """A member's upload stream ended, whole or cut."""
         self.free_slot(member)
@@ -120,6 +128,7 @@ class SessionRunner:
 
     def free_slot(self, member: int) -> None:
         """Let the next member upload."""
+        self._cancel_timer("grant", member)
         following = self.session.slots.release(member)
         if following is not None:
             self._grant(following)
@@ -127,22 +136,25 @@ class SessionRunner:
     async def away(self, member: int, grace_s: float) -> None:
         """A member's connection broke: it may come back within the grace."""
         self.free_slot(member)
+        self._cancel_timer("away", member)
         lost = core.Lost(member, DropReason.DISCONNECTED, f"away for more than {grace_s:g} s")
         self.session.timers["away", member] = self._around.later(grace_s, self.session.id, lost)
         await self.step(core.Disconnected(member))
 
     async def back(self, member: int) -> None:
-        """A member is back in this session."""
-        self._cancel_grace(member)
+        """A member is back in this session; one that was given up meanwhile is told so."""
+        self._cancel_timer("away", member)
         await self.step(core.Reconnected(member))
+        if isinstance(self.session.state, core.Collecting) and member in self.session.state.lost:
+            self._send(member, SessionClosed(released=False, phrase="left out of this session: it went on without you"))
 
     async def lose(self, member: int, reason: DropReason, detail: str) -> None:
         """A member cannot go on in this session."""
-        self._cancel_grace(member)
+        self._cancel_timer("away", member)
         await self.step(core.Lost(member, reason, detail))
 
-    def _cancel_grace(self, member: int) -> None:
-        timer = self.session.timers.pop(("away", member), None)
+    def _cancel_timer(self, kind: str, member: int) -> None:
+        timer = self.session.timers.pop((kind, member), None)
         if timer is not None:
             timer.cancel()
 
@@ -159,6 +171,9 @@ class SessionRunner:
         peer.send(codec.encode_response(self.session.id, response, self.session.plan.cohort))
 
     def _grant(self, member: int) -> None:
+        self._cancel_timer("grant", member)
+        idle = core.Lost(member, DropReason.DEADLINE, f"did not begin its upload within {GRANT_S:g} s of the grant")
+        self.session.timers["grant", member] = self._around.later(GRANT_S, self.session.id, idle)
         self._send(member, self.session.grant(member))
 
     # --- for watchers and the record ----------------------------------------------------------------------------------
@@ -271,7 +286,7 @@ class SessionRunner:
             try:
                 await self._around.report(session.id, await self._around.worker.call(aggregation.release, request))
                 return
-            except (WorkerDied, WorkerFault, StoreError, ValueError) as error:
+            except Exception as error:  # whatever it is, the session must not wait for ever for a sum
                 log.error("unmasking failed", job=session.job_id, detail=str(error), tries_left=left)
                 detail = str(error)
         await self._around.report(session.id, core.Cancelled(AbortReason.AGGREGATION_FAILED, detail))
@@ -281,7 +296,8 @@ class SessionRunner:
         session = self.session
         session.cancel_timers()
         for addition in session.additions:
-            addition.cancel()
+            if not addition.cancel() and not addition.cancelled():
+                addition.exception()  # known already, or no longer of interest
         for spool in session.spools.values():
             spool.discard()
         shutil.rmtree(session.folder, ignore_errors=True)

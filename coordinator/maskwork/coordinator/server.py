@@ -52,12 +52,17 @@ async def serve(config: CoordinatorConfig) -> None:
         log.info("coordinator ready", listen=address, federation=driver.federation.name)
         loop_task = asyncio.create_task(driver.run())
         stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait({loop_task, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if loop_task.done():
-            loop_task.result()  # a failure of the loop ends the process with its error
-        log.info("coordinator drains")
-        loop_task.cancel()
-        await driver.stop()
+        try:
+            await asyncio.wait({loop_task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if loop_task.done():
+                loop_task.result()  # a failure of the loop ends the process with its error
+            log.info("coordinator drains")
+            loop_task.cancel()
+            await asyncio.wait({loop_task})  # what it was doing is over before anything else changes the session
+            await driver.stop()
+        finally:
+            stopped.cancel()
+            driver.hang_up()
 
 
 @asynccontextmanager

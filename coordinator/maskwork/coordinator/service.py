@@ -18,6 +18,7 @@ from maskwork.coordinator.driver import (
     PeerGone,
     PeerMisbehaved,
     PeerSaid,
+    UploadBegan,
     UploadEnded,
 )
 from maskwork.coordinator.driver import summary as summary_of
@@ -111,16 +112,19 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
             raise Refused(Refusal.NOT_NOW, "no upload is due from this participant in that session")
         session, (spool, member) = chunk.session_id, place
         try:
-            with spool:
-                while chunk is not None:
-                    if chunk.session_id != session or chunk.segment not in _SEGMENTS:
-                        raise UploadRefused("a chunk of another session or segment")
-                    spool.write(_SEGMENTS[chunk.segment], chunk.offset, chunk.data)
-                    chunk = await _next(requests)
+            with spool.writing() as writer:
+                self._driver.post_soon(UploadBegan(session, member))
+                try:
+                    while chunk is not None:
+                        if chunk.session_id != session or chunk.segment not in _SEGMENTS:
+                            raise UploadRefused("a chunk of another session or segment")
+                        writer.write(_SEGMENTS[chunk.segment], chunk.offset, chunk.data)
+                        chunk = await _next(requests)
+                finally:
+                    if not writer.superseded:
+                        self._driver.post_soon(UploadEnded(session, member))
         except UploadRefused as error:
             raise Refused(Refusal.INVALID, "the chunk does not continue the upload") from error
-        finally:
-            self._driver.post_soon(UploadEnded(session, member))
         return federation_pb2.UploadResponse(received=spool.received)
 
     async def Download(
@@ -129,9 +133,13 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
         context: grpc.aio.ServicerContext[federation_pb2.DownloadRequest, federation_pb2.DownloadResponse],
     ) -> AsyncIterator[federation_pb2.DownloadResponse]:
         """The global model or the certificates of the open session, from an offset."""
-        source = self._driver.download(request.digest)
+        certificate = caller()
+        site = PresentSite(certificate.name, certificate.fingerprint, frozenset())
+        source = self._driver.download(site, request.digest)
         if source is None:
-            raise Refused(Refusal.NOT_FOUND, "nothing of that digest belongs to an open session")
+            raise Refused(Refusal.NOT_FOUND, "nothing of that digest belongs to an open session of yours")
+        if request.offset > (source.stat().st_size if isinstance(source, Path) else len(source)):
+            raise Refused(Refusal.INVALID, "the offset is beyond the end")
         async with self._downloads:
             if isinstance(source, Path):
                 with source.open("rb") as file:

@@ -7,8 +7,9 @@ as there are slots (`UploadSlots`). A spool knows bytes and offsets; it does not
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 from maskwork.coordinator.aggregation import SessionShape
@@ -26,7 +27,7 @@ class Spool:
         self.path = path
         self._shape = shape
         self._received = 0
-        self._file: BinaryIO | None = None
+        self._writer: SpoolWriter | None = None
 
     @property
     def received(self) -> int:
@@ -44,47 +45,75 @@ class Spool:
         update = min(self._received, self._shape.update_bytes)
         return update, self._received - update
 
-    def __enter__(self) -> Spool:
-        """Open for writing. A stream that is still open belongs to a connection that is gone."""
-        if self._file is not None:
-            self._file.close()
-        self._file = self.path.open("r+b" if self.path.exists() else "x+b", buffering=0)
-        self._file.seek(self._received)
-        return self
+    @contextmanager
+    def writing(self) -> Iterator[SpoolWriter]:
+        """Open for one stream. Another stream that is still open belongs to a connection that is gone, and ends."""
+        if self._writer is not None:
+            self._writer.close()
+        file = self.path.open("r+b" if self.path.exists() else "x+b", buffering=0)
+        file.seek(self._received)
+        writer = self._writer = SpoolWriter(self, file)
+        try:
+            yield writer
+        finally:
+            writer.close()
+            if self._writer is writer:
+                self._writer = None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def write(self, segment: Segment, offset: int, data: bytes) -> None:
-        """Append a chunk.
-
-        Raises:
-            UploadRefused: it is empty, is not the next one, or goes beyond its segment.
-        """
-        if self._file is None:
-            raise UploadRefused("the upload was taken over by a newer connection")
-        base, length = (
+    def _continued(self, segment: Segment, offset: int, length: int) -> None:
+        """Raise UploadRefused unless a chunk of this length at this place is the next one and within its segment."""
+        base, room = (
             (0, self._shape.update_bytes)
             if segment is Segment.UPDATE
             else (self._shape.update_bytes, self._shape.statistics_bytes)
         )
         if base + offset != self._received:
             raise UploadRefused(f"a chunk at {segment.name} + {offset} where {self._received} bytes are here")
-        if not data or offset + len(data) > length:
-            raise UploadRefused(f"a chunk of {len(data)} bytes at {segment.name} + {offset} of {length}")
-        view = memoryview(data)
-        while view:
-            view = view[self._file.write(view) :]
-        self._received += len(data)
+        if not length or offset + length > room:
+            raise UploadRefused(f"a chunk of {length} bytes at {segment.name} + {offset} of {room}")
 
     def discard(self) -> None:
         """Close and delete."""
-        self.__exit__(None, None, None)
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
         self.path.unlink(missing_ok=True)
+
+
+class SpoolWriter:
+    """One stream into a spool; of two, the newer one counts."""
+
+    def __init__(self, spool: Spool, file: BinaryIO) -> None:
+        self._spool = spool
+        self._file = file
+
+    @property
+    def superseded(self) -> bool:
+        """Whether a newer stream took over, or the session ended."""
+        return self._spool._writer is not self
+
+    def write(self, segment: Segment, offset: int, data: bytes) -> None:
+        """Append a chunk.
+
+        Raises:
+            UploadRefused: it is empty, is not the next one, goes beyond its segment, or comes on an older stream.
+            OSError: the disk failed.
+        """
+        if self.superseded:
+            raise UploadRefused("the upload was taken over by a newer connection, or is not wanted any more")
+        self._spool._continued(segment, offset, len(data))
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError:
+            self._file.seek(self._spool.received)
+            raise
+        self._spool._received += len(data)
+
+    def close(self) -> None:
+        """End the stream."""
+        self._file.close()
 
 
 class UploadSlots:
@@ -103,6 +132,10 @@ class UploadSlots:
             return True
         self._waiting[member] = None
         return False
+
+    def holds(self, member: int) -> bool:
+        """Whether `member` may upload now."""
+        return member in self._granted
 
     def release(self, member: int) -> int | None:
         """Give a slot or a place in the queue back; returns who gets the slot, if anyone."""

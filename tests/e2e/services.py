@@ -1,0 +1,319 @@
+"""A federation of real processes on loopback: certificates, configurations, logs, and a gate on every training.
+
+Nothing here sleeps: what a test waits for is a line of a log, an event of a watched job or a site at the gate, each
+for at most `PATIENCE_S`. Not a test itself.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskwork import job_events as events
+from maskwork.job import Cohort, Deadlines, JobSpec
+from maskwork.jobs_client import JobsClient
+from maskwork.net.authority import Authority
+from maskwork.net.identity import IdentityFiles, Role
+from maskwork.tensors import Schema, TensorSpec, write_model
+
+PATIENCE_S = 60.0
+MASKWORK = Path(sys.executable).parent / "maskwork"
+SITES = ("site-a", "site-b", "site-c", "site-d")
+
+Line = dict[str, Any]
+
+
+class Service:
+    """One process of ours, with every line that it logged."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
+        self.name, self.process = name, process
+        self.lines: list[Line] = []
+        self._grew = asyncio.Condition()
+        self._reader = asyncio.create_task(self._read())
+
+    @classmethod
+    async def start(cls, name: str, *arguments: str, environment: dict[str, str] | None = None) -> "Service":
+        process = await asyncio.create_subprocess_exec(
+            MASKWORK,
+            *arguments,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, **(environment or {})},
+        )
+        return cls(name, process)
+
+    async def _read(self) -> None:
+        assert self.process.stderr is not None
+        async for raw in self.process.stderr:
+            text = raw.decode(errors="replace").rstrip()
+            try:
+                line = json.loads(text)
+            except ValueError:
+                line = {"event": text, "unstructured": True}
+            async with self._grew:
+                self.lines.append(line)
+                self._grew.notify_all()
+        async with self._grew:
+            self.lines.append({"event": "", "end": True})
+            self._grew.notify_all()
+
+    async def logged(self, event: str, *, count: int = 1, since: int = 0, **fields: object) -> Line:
+        """The `count`th line with this event and these fields, from line `since` on."""
+
+        def found() -> list[Line]:
+            return [e for e in self.lines[since:] if e["event"] == event and fields.items() <= e.items()]
+
+        async with asyncio.timeout(PATIENCE_S), self._grew:
+            await self._grew.wait_for(lambda: len(found()) >= count or self.ended)
+        assert len(found()) >= count, f"{self.name} ended without logging {event!r}:\n{self.text}"
+        return found()[count - 1]
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.lines) and "end" in self.lines[-1]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(e["event"] if "unstructured" in e else json.dumps(e) for e in self.lines)
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    async def wait(self) -> int:
+        """Its exit code; every line it wrote is read."""
+        async with asyncio.timeout(PATIENCE_S):
+            code = await self.process.wait()
+            await self._reader
+        return code
+
+    async def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        assert await self.wait() == -signal.SIGKILL
+
+    async def terminate(self) -> int:
+        self.send(signal.SIGCONT)
+        self.send(signal.SIGTERM)
+        return await self.wait()
+
+    def assert_clean(self) -> None:
+        """No traceback, no complaint of the interpreter or of a library."""
+        assert "Traceback" not in self.text, self.text
+        assert not [e for e in self.lines if "unstructured" in e], self.text
+
+
+class Gate:
+    """Where sites wait before they train. Open for those that are not held."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.held: set[str] = set()
+        self._waiting: dict[str, asyncio.StreamWriter] = {}
+        self._changed = asyncio.Condition()
+        self._server: asyncio.Server | None = None
+
+    async def open(self) -> None:
+        self._server = await asyncio.start_unix_server(self._arrived, self.path)
+
+    async def _arrived(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        site = (await reader.readline()).decode().strip()
+        async with self._changed:
+            if site in self.held:
+                self._waiting[site] = writer
+                self._changed.notify_all()
+            else:
+                writer.write(b".")
+        await reader.read()  # until the site hangs up
+        async with self._changed:
+            if self._waiting.get(site) is writer:
+                del self._waiting[site]
+                self._changed.notify_all()
+        writer.close()
+
+    async def reached(self, site: str) -> None:
+        async with asyncio.timeout(PATIENCE_S), self._changed:
+            await self._changed.wait_for(lambda: site in self._waiting)
+
+    async def left(self, site: str) -> None:
+        """The site's training does not wait any more: it was ended."""
+        async with asyncio.timeout(PATIENCE_S), self._changed:
+            await self._changed.wait_for(lambda: site not in self._waiting)
+
+    def release(self, site: str, answer: bytes = b".") -> None:
+        self.held.discard(site)
+        if (writer := self._waiting.pop(site, None)) is not None:
+            writer.write(answer)
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for writer in self._waiting.values():
+            writer.close()
+
+
+class Watch:
+    """The events of one job as they come, over a connection that is taken up again when the coordinator restarts."""
+
+    def __init__(self, client: JobsClient, job_id: str) -> None:
+        self.job_id = job_id
+        self.events: list[events.WatchEvent] = []
+        self._grew = asyncio.Condition()
+        self._task = asyncio.create_task(self._read(client))
+
+    async def _read(self, client: JobsClient) -> None:
+        async for event in client.watch(self.job_id):
+            async with self._grew:
+                self.events.append(event)
+                self._grew.notify_all()
+
+    async def until(self, wanted: Callable[[events.WatchEvent], bool], *, since: int = 0) -> events.WatchEvent:
+        """The first event, from event `since` on, for which `wanted` holds."""
+        async with asyncio.timeout(PATIENCE_S), self._grew:
+            await self._grew.wait_for(lambda: any(map(wanted, self.events[since:])) or self._task.done())
+        if self._task.done():
+            self._task.result()
+        return next(e for e in self.events[since:] if wanted(e))
+
+    async def stage(self, stage: str, *, round_number: int | None = None, since: int = 0) -> None:
+        await self.until(
+            lambda e: (
+                isinstance(e, events.StageOpened)
+                and e.stage == stage
+                and (round_number is None or e.round_number == round_number)
+            ),
+            since=since,
+        )
+
+    async def answered(self, stage: str, *participants: str, since: int = 0) -> None:
+        for name in participants:
+            await self.until(
+                lambda e, name=name: (  # type: ignore[misc]
+                    isinstance(e, events.Answered) and (e.stage, e.participant) == (stage, name)
+                ),
+                since=since,
+            )
+
+    async def committed(self, round_number: int) -> events.RoundCommitted:
+        event = await self.until(lambda e: isinstance(e, events.RoundCommitted) and e.round_number == round_number)
+        assert isinstance(event, events.RoundCommitted)
+        return event
+
+    async def ended(self) -> events.JobSummary:
+        event = await self.until(lambda e: isinstance(e, events.JobSummary) and e.ended)
+        assert isinstance(event, events.JobSummary)
+        return event
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+
+class World:
+    """A federation called "ward" in one folder."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.authority = Authority.create("ward", now=time.time())
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.gate = Gate(home / "gate")
+        self.all: list[Service] = []
+        self.sites: dict[str, Service] = {}
+        self.coordinator: Service
+
+    def identity(self, role: Role, name: str) -> IdentityFiles:
+        directory = self.home / f"{role.value}-{name}"
+        if not directory.exists():
+            addresses = ["127.0.0.1"] if role is Role.COORDINATOR else []
+            self.authority.issue(role, name, now=time.time(), ip_addresses=addresses).write(directory)
+        return IdentityFiles.in_directory(directory)
+
+    def coordinator_config(self, **changes: str) -> Path:
+        self.identity(Role.COORDINATOR, "main")
+        keys = {"listen": self.address, "identity": "coordinator-main", "state": "coordinator-state", **changes}
+        path = self.home / f"coordinator-{len(self.all)}.toml"
+        path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items()))
+        return path
+
+    def site_config(self, site: str, **changes: str) -> Path:
+        self.identity(Role.PARTICIPANT, site)
+        keys = {"coordinator": self.address, "identity": f"participant-{site}", "state": f"state-{site}", **changes}
+        options = {"gate": str(self.gate.path), "site": site, "step": 0.25 * (1 + SITES.index(site))}
+        path = self.home / f"{site}-{len(self.all)}.toml"
+        path.write_text(
+            "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
+            + '[tasks.gated]\nuse = "gated_task:Gated"\n[tasks.gated.options]\n'
+            + "".join(f"{key} = {json.dumps(value)}\n" for key, value in options.items())
+        )
+        return path
+
+    async def start_coordinator(self) -> Service:
+        self.coordinator = await self._start("coordinator", "coordinator", self.coordinator_config())
+        await self.coordinator.logged("coordinator ready")
+        return self.coordinator
+
+    async def start_site(self, site: str) -> Service:
+        self.sites[site] = await self._start(site, "participant", self.site_config(site))
+        return self.sites[site]
+
+    async def _start(self, name: str, group: str, config: Path) -> Service:
+        path = {"PYTHONPATH": str(Path(__file__).parent)}
+        service = await Service.start(name, group, "run", "--config", str(config), environment=path)
+        self.all.append(service)
+        return service
+
+    def client(self, role: Role = Role.RESEARCHER) -> JobsClient:
+        return JobsClient(self.address, self.identity(role, "someone"))
+
+    def model(self) -> Path:
+        path = self.home / "initial.safetensors"
+        if not path.exists():
+            write_model(path, Schema((TensorSpec("weight", "F32", (1, 2)),)), np.zeros(2, np.float32), {})
+        return path
+
+    @asynccontextmanager
+    async def job(self, name: str, **changes: Any) -> AsyncIterator[Watch]:
+        """Submit a job and watch it."""
+        async with self.client() as client:
+            watch = Watch(client, await client.submit(spec(name, **changes), self.model()))
+            try:
+                yield watch
+            finally:
+                await watch.close()
+
+    async def details(self, job_id: str) -> events.JobDetails:
+        async with self.client() as client:
+            return await client.get(job_id)
+
+    async def close(self) -> None:
+        for service in self.all:
+            if service.process.returncode is None:
+                service.process.kill()
+                await service.wait()
+        await self.gate.close()
+
+
+def spec(name: str, *, rounds: int = 1, sites: Sequence[str] = SITES, minimum: int = 3) -> JobSpec:
+    return JobSpec(
+        name=name,
+        task="gated",
+        rounds=rounds,
+        metrics={"train.loss": 10.0},
+        cohort=Cohort(participants=tuple(sites), min_participants=minimum, wait_s=20.0),
+        deadlines=Deadlines(reconnect_s=0.05),
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
