@@ -52,7 +52,7 @@ protos-check: protos
 	git diff --exit-code -- common/maskwork/wire/v1
 
 vectors-check: $(STAMP)
-	for generator in tests/vectors/generate_*.py; do $(BIN)/python $$generator || exit 1; done
+	for generator in tests/vectors/generate_*.py; do $(BIN)/python -m tests.vectors.$$(basename $$generator .py) --rewrite || exit 1; done
 	git diff --exit-code -- tests/vectors
 
 docs-check: $(STAMP)    ## generated pages and diagrams are up to date

@@ -12,7 +12,7 @@ import difflib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -184,9 +184,17 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _known_keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
+    named: type[BaseModel] | None = None
     for part in path:
+        if named is not None:  # this part is a name that the file's author chose, of a table of such tables
+            model, named = named, None
+            continue
         field = model.model_fields.get(str(part))
         annotation = None if field is None else field.annotation
+        if get_origin(annotation) is dict:
+            annotation = named = get_args(annotation)[1]
+            if isinstance(named, type) and issubclass(named, BaseModel):
+                continue
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation

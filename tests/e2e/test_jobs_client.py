@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.jobs import scripted_events as make
-from tests.jobs.fake_job_service import BREAK, FakeJobService, Federation, a_model, serving, summary
+from tests.jobs.fake_job_service import BREAK, FAULT, FakeJobService, Federation, a_model, serving, summary
 
 from maskwork.errors import UserError
 from maskwork.job import JobSpec, parse_spec
@@ -145,7 +145,7 @@ async def test_watch_survives_a_restart_of_the_coordinator(federation: Federatio
         async with serving(federation, service, port=int(target.rpartition(":")[2])):
             restarted.set()
             rest = await asyncio.wait_for(watching, PATIENCE_S)
-    assert isinstance(rest[0], ConnectionLost)
+    assert [isinstance(event, ConnectionLost) for event in rest] == [True, False, False, False, False]
     assert rest[-2:] == [make.committed(2), COMPLETED]
 
 
@@ -202,8 +202,9 @@ async def test_a_coordinator_that_ends_its_streams_and_goes_is_waited_for(
 async def test_a_job_that_ended_ends_the_watch_even_if_the_connection_breaks_then(
     federation: Federation, service: FakeJobService, target: str
 ) -> None:
-    service.watches = [[COMPLETED, BREAK]]
+    service.watches = [[COMPLETED, BREAK], [COMPLETED, FAULT]]
     async with JobsClient(target, federation.researcher, pause=Pauses()) as client:
+        assert await watched(client) == [COMPLETED]
         assert await watched(client) == [COMPLETED]
 
 
@@ -253,11 +254,13 @@ async def test_export_checks_what_arrives(
         service.promised_digest = bytes(32)
     else:
         service.promised_size = {"too long": 200_000, "too short": 300_001, "nothing": 0}[fault]
+    moved: list[tuple[int, int]] = []
     to = tmp_path / "model.safetensors"
     to.write_bytes(b"an older model")
     async with JobsClient(target, federation.researcher) as client:
         with pytest.raises(UserError, match="not the one that was promised"):
-            await client.export(make.JOB, to)
+            await client.export(make.JOB, to, progress=lambda done, total: moved.append((done, total)))
+    assert all(done <= total for done, total in moved), "no more is written than was promised"
     assert to.read_bytes() == b"an older model"
     assert list(tmp_path.iterdir()) == [to]
 
@@ -355,5 +358,7 @@ async def test_a_coordinator_of_another_federation(federation: Federation, targe
 def test_our_own_files_are_looked_at_first(federation: Federation, tmp_path: Path) -> None:
     with pytest.raises(IdentityError, match="cannot be read"):
         JobsClient("localhost:1", IdentityFiles.in_directory(tmp_path))
+    with pytest.raises(IdentityError, match="expired"):
+        JobsClient("localhost:1", federation.researcher, now=lambda: federation.now + 400 * 86_400)
     with pytest.raises(UserError, match="expected HOST:PORT"):
         JobsClient("localhost", federation.researcher)

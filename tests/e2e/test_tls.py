@@ -193,12 +193,14 @@ async def test_a_revoked_or_expired_member_is_refused_at_the_next_call(federatio
 
     server = grpc.aio.server(options=tls.SERVER_OPTIONS)
     handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {"Connect": UNARY(handle)}
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("maskwork.wire.v1.Federation", handlers)])
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("maskwork.wire.v1.FederationService", handlers)])
     port = server.add_secure_port("localhost:0", tls.server_credentials(federation.coordinator()))
     await server.start()
-    assert await refusal(federation.member(), port) is grpc.StatusCode.UNAUTHENTICATED
+    try:
+        assert await refusal(federation.member(), port) is grpc.StatusCode.UNAUTHENTICATED
+    finally:
+        await server.stop(None)
     assert [error.problem for error in seen] == [IdentityProblem.EXPIRED]
-    await server.stop(None)
 
 
 # --- the server holds the wrong file --------------------------------------------------------------------------------

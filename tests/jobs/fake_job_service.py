@@ -26,8 +26,9 @@ import numpy as np
 
 from maskwork.wire.v1.jobs_pb2_grpc import JobServiceServicer, add_JobServiceServicer_to_server
 
-BREAK = "break"
-"""In a script of a watch: the connection breaks here."""
+BREAK = "UNAVAILABLE"
+FAULT = "INTERNAL"
+"""In a script of a watch: the call ends here, with that status."""
 EXPORT_CHUNK = 1 << 16
 EPOCH = 1_790_000_000.0
 
@@ -120,7 +121,7 @@ class FakeJobService(JobServiceServicer):
         self.watch_calls += 1
         for step in script:
             if isinstance(step, str):
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator is shutting down")
+                await context.abort(grpc.StatusCode[step], "the coordinator is shutting down")
             else:
                 yield encode_event(step)
         if self.hold is not None:

@@ -6,6 +6,7 @@ whatever a handler raises becomes a status by the one table of statuses. Handler
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -76,7 +77,11 @@ class Guard(grpc.aio.ServerInterceptor):
         ) -> AsyncIterator[Message]:
             try:
                 self._admit(method, context)
-                async with aclosing(behaviour(request, context)) as responses:  # so that its end is seen at once
+                produced = behaviour(request, context)
+                if inspect.isawaitable(produced):  # a handler that writes to the context itself, as Health/Watch does
+                    await produced
+                    return
+                async with aclosing(produced) as responses:  # so that the handler's end is seen at once
                     async for response in responses:
                         yield response
             except Exception as error:

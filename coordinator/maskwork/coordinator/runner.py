@@ -24,7 +24,6 @@ from maskwork.coordinator.peers import Peer
 from maskwork.coordinator.records import DropRecord, EvidenceRecord, ResumeRecord
 from maskwork.coordinator.session import KEPT_OUT_UNTIL_RECONNECT, ActiveSession, deadline_s
 from maskwork.coordinator.store import Store
-from maskwork.errors import StoreError
 from maskwork.secagg import server
 from maskwork.secagg import server_states as core
 from maskwork.secagg.errors import AbortReason, DropReason
@@ -83,8 +82,6 @@ class SessionRunner:
         try:
             for effect in step.effects:
                 await self._perform(effect)
-        except StoreError:
-            raise
         except (WorkerDied, WorkerFault, ValueError, OSError) as error:
             await self.step(core.Cancelled(AbortReason.AGGREGATION_FAILED, str(error)))
 

@@ -27,6 +27,7 @@ from maskwork.coordinator.jobs import JobDesk
 from maskwork.coordinator.peers import Peer
 from maskwork.coordinator.rounds import PresentSite
 from maskwork.coordinator.spool import UploadRefused
+from maskwork.errors import StoreError
 from maskwork.net.status import Refusal, Refused
 from maskwork.net.tls import CHUNK_BYTES
 from maskwork.secagg.keys import Segment
@@ -125,6 +126,8 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
                         self._driver.post_soon(UploadEnded(session, member))
         except UploadRefused as error:
             raise Refused(Refusal.INVALID, "the chunk does not continue the upload") from error
+        except OSError as error:
+            raise StoreError.from_cause(error, file=spool.path) from error
         return federation_pb2.UploadResponse(received=spool.received)
 
     async def Download(

@@ -13,9 +13,10 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import BinaryIO, TypeAlias
 
 import structlog
 
@@ -35,6 +36,7 @@ FIRST_BACKOFF_S = 0.2
 LONGEST_BACKOFF_S = 5.0
 BACKOFF_GROWTH = 1.7
 WELCOME_TIMEOUT_S = 15.0
+HANG_UP_S = 2.0
 _SEGMENTS = {Segment.UPDATE: federation_pb2.SEGMENT_UPDATE, Segment.STATISTICS: federation_pb2.SEGMENT_STATISTICS}
 
 
@@ -86,6 +88,7 @@ class CoordinatorLink:
         self._active_session = active_session
         self._inbox = inbox
         self._greeted = False
+        self._down = asyncio.Event()
         self._stub: federation_pb2_grpc.FederationServiceAsyncStub | None = None
         self._outbox: asyncio.Queue[federation_pb2.ConnectRequest | None] | None = None
 
@@ -111,6 +114,14 @@ class CoordinatorLink:
         if self._outbox is not None:
             self._outbox.put_nowait(codec.encode_request(session, message))
 
+    async def hang_up(self) -> None:
+        """End the control stream after what is queued already, and wait until the coordinator has ended it too."""
+        if self._outbox is not None:
+            self._outbox.put_nowait(None)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HANG_UP_S):
+                    await self._down.wait()
+
     async def download(self, digest: bytes, size: int, path: Path) -> None:
         """Fetch something content-addressed into `path`, going on where an earlier try stopped.
 
@@ -133,14 +144,14 @@ class CoordinatorLink:
             path.unlink()
             raise TransferError("what was downloaded is not what the plan names")
 
-    async def upload(self, session: bytes, update_fd: int, statistics: bytes, offsets: tuple[int, int]) -> int:
+    async def upload(self, session: bytes, update: BinaryIO, statistics: bytes, offsets: tuple[int, int]) -> int:
         """Stream both segments from their offsets; returns how many bytes the coordinator holds.
 
         Raises:
             TransferError: it broke or was refused.
         """
         try:
-            response = await self._service().Upload(_chunks(session, update_fd, statistics, offsets))
+            response = await self._service().Upload(_chunks(session, update, statistics, offsets))
         except grpc.aio.AioRpcError as error:
             raise TransferError(f"an upload broke: {error.details()}") from error
         return int(response.received)
@@ -161,15 +172,19 @@ class CoordinatorLink:
             call = stub.Connect(_requests(outbox))
             responses = aiter(call)
             async with asyncio.timeout(WELCOME_TIMEOUT_S):
-                first = await anext(responses)
+                first = await anext(responses, None)
+            if first is None:
+                raise WireError("the coordinator ended the stream without a Welcome")
             coordinator = self._verify(codec.decode_response(first, 0))
             self._stub, self._outbox, self._greeted = stub, outbox, True
+            self._down.clear()
             await self._inbox.put(LinkUp(coordinator))
             try:
                 async for response in responses:
                     await self._inbox.put(Said(response))
             finally:
                 self._stub = self._outbox = None
+                self._down.set()
                 outbox.put_nowait(None)
                 await self._inbox.put(LinkDown())
 
@@ -183,11 +198,14 @@ class CoordinatorLink:
         )
 
     async def _explain(self, error: Exception) -> None:
-        if not isinstance(error, grpc.aio.AioRpcError):
+        if isinstance(error, TimeoutError):
+            reason, unreachable = f"no answer within {WELCOME_TIMEOUT_S:g} s", True
+        elif isinstance(error, grpc.aio.AioRpcError):
+            reason, unreachable = error.details() or error.code().name, error.code() is grpc.StatusCode.UNAVAILABLE
+        else:
             log.error("connection refused by this site", detail=str(error))
             return
-        reason = error.details() or error.code().name
-        if error.code() is grpc.StatusCode.UNAVAILABLE:
+        if unreachable:
             probed = await asyncio.to_thread(probe_server, self._files, self._target)
             reason = explain_connection_failure(
                 self._files, self._target, now=time.time(), role=Role.PARTICIPANT, reason=probed
@@ -203,10 +221,11 @@ async def _requests(
 
 
 async def _chunks(
-    session: bytes, update_fd: int, statistics: bytes, offsets: tuple[int, int]
+    session: bytes, update: BinaryIO, statistics: bytes, offsets: tuple[int, int]
 ) -> AsyncIterator[federation_pb2.UploadRequest]:
     update_offset, statistics_offset = offsets
-    while data := os.pread(update_fd, CHUNK_BYTES, update_offset):
+    # Through the file object: a descriptor's number may be another file's once the session has ended.
+    while not update.closed and (data := os.pread(update.fileno(), CHUNK_BYTES, update_offset)):
         yield federation_pb2.UploadRequest(
             session_id=session, segment=_SEGMENTS[Segment.UPDATE], offset=update_offset, data=data
         )

@@ -16,11 +16,10 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias, assert_never
+from typing import BinaryIO, TypeAlias, assert_never
 
 import structlog
 
-from maskwork.errors import UserError
 from maskwork.net.identity import ParticipantVerifier, VerifiedCertificate
 from maskwork.participant import training_calls
 from maskwork.participant.agent import check_offer
@@ -47,6 +46,8 @@ log = structlog.get_logger("maskwork.participant")
 
 DOWNLOAD_TRIES = 5
 DOWNLOAD_PAUSE_S = 0.5
+UPLOAD_PAUSE_S = 0.05
+LONGEST_UPLOAD_PAUSE_S = 5.0
 
 
 # --- what can happen ------------------------------------------------------------------------------------------------
@@ -106,9 +107,10 @@ class Work:
         config: the training config, checked.
         folder: model, certificates and masked update; deleted at the end.
         state: the protocol's state; None until the model is here.
-        trained: whether the worker holds the update.
+        trained: whether the update can be masked.
         mask_keys: once the shares were checked.
-        update: descriptor of the masked update's file, which has no name any more.
+        update: the masked update's file, which has no name any more.
+        interrupted: how often an upload broke; the pause before the next one grows with it.
     """
 
     id: bytes
@@ -118,9 +120,10 @@ class Work:
     state: core.State | None = None
     trained: bool = False
     mask_keys: MaskingKeys | None = field(default=None, repr=False)
-    update: int | None = None
+    update: BinaryIO | None = None
     statistics: bytes = field(default=b"", repr=False)
     uploading: bool = False
+    interrupted: int = 0
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
@@ -171,15 +174,13 @@ class Driver:
         self._workers: dict[str, WorkerProcess] = {}
         self._coordinator: VerifiedCertificate | None = None
         self._work: Work | None = None
+        self._discarding: set[asyncio.Task[None]] = set()
         self.inbox: asyncio.Queue[object] = asyncio.Queue(256)
         self.link: CoordinatorLink | None = None
 
     def active_session(self) -> bytes:
         """The session that this participant is in, for the Hello of a new connection; empty for none."""
-        work = self._work
-        if work is None or work.state is None or isinstance(work.state, core.Completed | core.Aborted):
-            return b""
-        return work.id
+        return b"" if self._work is None else self._work.id
 
     async def prepare(self) -> None:
         """Start every task's worker and load the site's data, so that mistakes show now and rounds start warm.
@@ -200,10 +201,16 @@ class Driver:
             happening = await self.inbox.get()
             await self._handle(happening)  # type: ignore[arg-type]  # only Happenings are put there
 
-    async def close(self) -> None:
-        """Leave the session, end the workers."""
+    def leave(self) -> None:
+        """Tell the coordinator that this site does not go on with the session that it is in, if it is in one."""
         if self._work is not None:
-            self._step(core.LocalFailure(AbortReason.CANCELLED, "the participant stops"))
+            self._fail(AbortReason.CANCELLED, "the participant stops")
+        for task in self._discarding:
+            task.cancel()
+
+    async def close(self) -> None:
+        """Forget the session, end the workers."""
+        self.leave()
         for worker in self._workers.values():
             await worker.close()
 
@@ -239,6 +246,8 @@ class Driver:
 
     def _said(self, response: federation_pb2.ConnectResponse) -> None:
         work = self._current(response.session_id)
+        if work is None and response.WhichOneof("message") not in ("open_session", "welcome"):
+            return  # about a session that is over here: its bitmaps cannot even be read
         try:
             message = codec.decode_response(response, 0 if work is None else work.plan.cohort)
         except WireError as error:
@@ -273,8 +282,8 @@ class Driver:
         if session != session_id(offer.proposal.plan_bytes):
             log.error("an offer under another session's id")
             return
-        if (current := self._current(session)) is not None:
-            self._repeat_answer(current)
+        if self._current(session) is not None:
+            self._step(offer.proposal)  # asked again after a broken connection: the core repeats its answer
             return
         if self._work is not None:  # the coordinator has given up the session before; so do we
             self._abandon()
@@ -295,10 +304,6 @@ class Driver:
         work = self._work = Work(session, offer, config, folder)
         log.info("plan accepted", job=plan.job, round=plan.round_number, attempt=plan.attempt, cohort=plan.cohort)
         self._spawn(work, self._fetch(work), AbortReason.WRONG_MODEL)
-
-    def _repeat_answer(self, work: Work) -> None:
-        if isinstance(work.state, core.AdvertisedKeys):
-            self._send(work.id, work.state.sent)
 
     def _decline(self, session: bytes, proposal: Proposal, refused: PlanRefused) -> None:
         plan = proposal.plan
@@ -427,7 +432,9 @@ class Driver:
         work = self._work
         if work is not None and work.state is None:
             log.warning("session abandoned", reason=reason.value, detail=detail)
-            self._send(work.id, Decline(DeclineCode.WRONG_MODEL, "the plan's model could not be fetched"))
+            code = DeclineCode.PAUSED if reason is AbortReason.CANCELLED else DeclineCode.WRONG_MODEL
+            said = "the site stops" if code is DeclineCode.PAUSED else "the plan's model could not be fetched"
+            self._send(work.id, Decline(code, said))
             self._end()
         else:
             self._step(core.LocalFailure(reason, detail))
@@ -441,16 +448,14 @@ class Driver:
         work, self._work = self._work, None
         if work is None:
             return
-        training = any(not task.done() for task in work.tasks)
         for task in work.tasks:
-            task.cancel()
-        worker = self._workers[work.plan.task]
-        if training:
-            worker.kill()  # cancelled in the middle: the worker may hold half an update
-        elif work.trained:
-            asyncio.get_running_loop().create_task(_discard(worker, work.id))
+            task.cancel()  # a call that the worker is in the middle of ends the worker
+        if work.state is not None:  # training was begun: the worker may hold an update
+            discarding = asyncio.get_running_loop().create_task(_discard(self._workers[work.plan.task], work.id))
+            self._discarding.add(discarding)
+            discarding.add_done_callback(self._discarding.discard)
         if work.update is not None:
-            os.close(work.update)
+            work.update.close()
         shutil.rmtree(work.folder, ignore_errors=True)
 
     # --- work beside the loop -------------------------------------------------------------------------------------
@@ -459,8 +464,9 @@ class Driver:
         async def guarded() -> None:
             try:
                 await job
-            except (UserError, TransferError, WorkerDied, WorkerFault, ValueError, OSError) as error:
-                await self.inbox.put(Failed(work.id, reason, str(error)))
+            except Exception as error:  # a site's own code may raise anything; the session must hear of it
+                detail = str(error) or type(error).__name__
+                await self.inbox.put(Failed(work.id, reason, detail))
 
         task = asyncio.get_running_loop().create_task(guarded())
         work.tasks.add(task)
@@ -503,7 +509,7 @@ class Driver:
         if work is None:
             return
         path = work.folder / "update"
-        work.update, work.statistics = os.open(path, os.O_RDONLY | os.O_CLOEXEC), masked.result.statistics
+        work.update, work.statistics = path.open("rb", buffering=0), masked.result.statistics
         path.unlink()
         if masked.result.clamped:
             log.info("coordinates clamped", count=masked.result.clamped)
@@ -520,13 +526,15 @@ class Driver:
         work.uploading = True
         self._spawn(work, self._upload(work, work.update, offsets), AbortReason.CANCELLED)
 
-    async def _upload(self, work: Work, update: int, offsets: tuple[int, int]) -> None:
+    async def _upload(self, work: Work, update: BinaryIO, offsets: tuple[int, int]) -> None:
         assert self.link is not None
         try:
             received: int | None = await self.link.upload(work.id, update, work.statistics, offsets)
         except TransferError as error:
             log.warning("upload interrupted", detail=str(error))
             received = None
+            work.interrupted += 1
+            await asyncio.sleep(min(UPLOAD_PAUSE_S * 2**work.interrupted, LONGEST_UPLOAD_PAUSE_S))
         await self.inbox.put(Uploaded(work.id, received))
 
     def _uploaded(self, uploaded: Uploaded) -> None:

@@ -74,13 +74,17 @@ async def _run(driver: Driver, link: CoordinatorLink) -> None:
             preparing.cancel()
             return
         preparing.result()
-        working = (asyncio.create_task(driver.run()), asyncio.create_task(link.run()))
-        await asyncio.wait({*working, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        for task in working:
+        deciding, connecting = asyncio.create_task(driver.run()), asyncio.create_task(link.run())
+        await asyncio.wait({deciding, connecting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (deciding, connecting):
             if task.done():
                 task.result()  # a failure of a loop ends the process with its error
-            task.cancel()
         log.info("participant stops")
+        deciding.cancel()
+        await asyncio.wait({deciding})
+        driver.leave()
+        await link.hang_up()
+        connecting.cancel()
     finally:
         stopped.cancel()
         await driver.close()

@@ -138,14 +138,14 @@ async def _heard(events: AsyncIterator[WatchEvent]) -> AsyncIterator[WatchEvent]
 async def _injecting(
     events: AsyncIterator[WatchEvent], injector: Injector, children: Children, console: Console
 ) -> AsyncIterator[WatchEvent]:
-    """Pass events on; kill whom the injector names, before anything else is done with the event."""
+    """Pass events on; kill whom the injector names before anything else is done with the event, and tell it after."""
     async for event in events:
         turn = injector.take(event)
         if isinstance(turn, Strike):
             children.kill_and_restart(turn.victim)
+        yield event
         if turn is not None:
             say(console, turn_text(turn))
-        yield event
 
 
 def turn_text(turn: Turn) -> str:

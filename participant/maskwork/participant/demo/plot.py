@@ -56,8 +56,9 @@ def draw(
     upper.set_ylabel("accuracy")
     lower.set(ylabel="loss", xlabel="rounds in the model", yscale="log")
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lower.set_xlim(-0.5, len(rounds) + 0.5)
     for axes in (upper, lower):
-        _mark_faults(axes, turns)
+        _mark_faults(axes, turns, named=axes is upper)
         axes.grid(alpha=0.3)
         axes.legend(loc="best", fontsize="small")
     figure.suptitle("maskwork demo: federated, masked, with two sites killed")
@@ -72,8 +73,10 @@ def _draw_metric(
     axes.plot([x for x, _ in points], [y for _, y in points], ".-", color=color, label=label)
 
 
-def _mark_faults(axes: Axes, turns: Sequence[Turn]) -> None:
+def _mark_faults(axes: Axes, turns: Sequence[Turn], *, named: bool) -> None:
     for style, turn in zip(("--", "-."), [t for t in turns if isinstance(t, Landed)], strict=False):
         strike = turn.strike
         words = f"round {strike.round_number}: {strike.victim} killed {_WORDS[strike.moment]}"
-        axes.axvline(strike.round_number, color="tab:red", linestyle=style, alpha=0.7, label=words)
+        # What a round changes shows between the model that it began with and the one that it made.
+        at = strike.round_number - 0.5
+        axes.axvline(at, color="tab:red", linestyle=style, alpha=0.7, label=words if named else None)
