@@ -142,8 +142,8 @@ async def test_watch_survives_a_restart_of_the_coordinator(federation: Federatio
         await first.aclose()
         await asyncio.wait_for(stopped.wait(), PATIENCE_S)
         service.hold = None
+        restarted.set()
         async with serving(federation, service, port=int(target.rpartition(":")[2])):
-            restarted.set()
             rest = await asyncio.wait_for(watching, PATIENCE_S)
     assert [isinstance(event, ConnectionLost) for event in rest] == [True, False, False, False, False]
     assert rest[-2:] == [make.committed(2), COMPLETED]

@@ -76,6 +76,8 @@ def test_who_is_out_and_why() -> None:
     # Under the stages while it concerns them, among the messages afterwards.
     lines = drawn([RUNNING, *make.whole_round(1), make.attempt_opened(2)])
     assert "round 1: north is out" in line_with(lines, "is out")
+    text = "\n".join(drawn([RUNNING, *make.whole_round(1), make.attempt_opened(2), make.dropped("west", 2)]))
+    assert text.count("west is out") == text.count("round 1: north is out") == 1
 
 
 def test_the_rounds_with_their_means() -> None:

@@ -80,14 +80,21 @@ class SecretKey:
     """An X25519 secret key; never printed."""
 
     raw: bytes = field(repr=False)
+    # Parsed once: parsing derives the public half and costs as much as an agreement.
+    _parsed: X25519PrivateKey = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.raw) != SECRET_BYTES:
             raise ValueError(f"an X25519 secret key has {SECRET_BYTES} bytes")
+        object.__setattr__(self, "_parsed", X25519PrivateKey.from_private_bytes(self.raw))
 
     def public(self) -> PublicKey:
         """The public half."""
-        return PublicKey(X25519PrivateKey.from_private_bytes(self.raw).public_key().public_bytes_raw())
+        return PublicKey(self._parsed.public_key().public_bytes_raw())
+
+    def exchange(self, public: PublicKey) -> bytes:
+        """The raw agreement; see `agree`."""
+        return self._parsed.exchange(X25519PublicKey.from_public_bytes(public.raw))
 
 
 class DegenerateKey(ValueError):
@@ -153,7 +160,7 @@ def agree(secret: SecretKey, public: PublicKey) -> bytes:
         DegenerateKey: `public` has small order (the all-zero output of RFC 7748 section 6.1).
     """
     try:
-        return X25519PrivateKey.from_private_bytes(secret.raw).exchange(X25519PublicKey.from_public_bytes(public.raw))
+        return secret.exchange(public)
     except ValueError as error:
         raise DegenerateKey("an X25519 public key of small order") from error
 
@@ -161,7 +168,7 @@ def agree(secret: SecretKey, public: PublicKey) -> bytes:
 def is_degenerate(public: PublicKey) -> bool:
     """Whether `public` has small order. The scalar used is arbitrary: every clamped scalar maps such points to 0."""
     try:
-        agree(SecretKey(b"\x40" * SECRET_BYTES), public)
+        agree(_ANY_SECRET, public)
     except DegenerateKey:
         return True
     return False
@@ -284,6 +291,9 @@ def verify_signature(public_key: ec.EllipticCurvePublicKey, signature: bytes, me
     except InvalidSignature:
         return False
     return True
+
+
+_ANY_SECRET = SecretKey(b"\x40" * SECRET_BYTES)  # no secret: it only asks a public key whether it is degenerate
 
 
 def _hkdf(key_material: bytes, salt: bytes, info: bytes, length: int) -> bytes:

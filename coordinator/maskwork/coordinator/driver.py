@@ -39,7 +39,7 @@ from maskwork.coordinator.records import (
     ResumeRecord,
 )
 from maskwork.coordinator.rounds import GiveUp, JobRun, OpenAttempt, PresentSite, Wait
-from maskwork.coordinator.runner import SessionRunner, Surroundings
+from maskwork.coordinator.runner import SessionRunner, Surroundings, Worker
 from maskwork.coordinator.session import ActiveSession, shape_of
 from maskwork.coordinator.spool import Spool, UploadSlots
 from maskwork.coordinator.store import Store
@@ -61,7 +61,6 @@ from maskwork.secagg.plan import session_id
 from maskwork.tensors import ModelFileError, read_schema
 from maskwork.wire import codec
 from maskwork.wire.codec import UploadReady
-from maskwork.worker import WorkerProcess
 
 log = structlog.get_logger("maskwork.coordinator")
 
@@ -194,7 +193,7 @@ class Driver:
         federation: Federation,
         store: Store,
         models: ModelStore,
-        worker: WorkerProcess,
+        worker: Worker,
         sessions: Path,
         max_uploads: int,
         clock: Callable[[], float] = time.time,

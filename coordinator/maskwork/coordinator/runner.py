@@ -11,7 +11,7 @@ import asyncio
 import shutil
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import assert_never
+from typing import ParamSpec, Protocol, TypeVar, assert_never
 
 import structlog
 
@@ -30,7 +30,7 @@ from maskwork.secagg.errors import AbortReason, DropReason
 from maskwork.secagg.messages import Complaint, CoordinatorMessage, Decline, Members, Proposal, SessionClosed, Withdraw
 from maskwork.secagg.unmasking import UnmaskingJob
 from maskwork.wire import codec
-from maskwork.worker import WorkerDied, WorkerFault, WorkerProcess
+from maskwork.worker import WorkerDied, WorkerFault
 
 log = structlog.get_logger("maskwork.coordinator")
 
@@ -38,6 +38,18 @@ GRANT_S = 30.0
 """A member that was granted a slot and does not begin to stream within this time leaves it to the others."""
 RELEASE_TRIES = 2
 """A worker that dies while unmasking (out of memory, killed) is tried again once: the accumulator is as it was."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Worker(Protocol):
+    """Where heavy work is done; a `maskwork.worker.WorkerProcess` in a service."""
+
+    async def call(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run `function` and wait for what it returns or raises."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +62,7 @@ class Surroundings:
 
     store: Store
     models: ModelStore
-    worker: WorkerProcess
+    worker: Worker
     board: EventBoard
     peers: Mapping[str, Peer]
     clock: Callable[[], float]

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from maskwork.errors import UserError
-from maskwork.participant.demo.display import say
+from maskwork.participant.demo.display import Display
 from maskwork.participant.demo.failure import DemoFailed
 from maskwork.participant.demo.federation import (
     FEWEST_PARTICIPANTS,
@@ -62,26 +62,27 @@ def demo(
     started = time.monotonic()
     options = DemoOptions(rounds=rounds, participants=participants, seed=seed, alpha=alpha)
     console = Console(highlight=False, markup=False, emoji=False)
+    display = Display(console)
     folder = create_folder(out, now=time.time())
-    say(console, f"everything of this run is in {folder.root}")
+    display.say(f"everything of this run is in {folder.root}")
     try:
-        masked = _masked(folder, options, console)
+        masked = _masked(folder, options, display)
         kept = _judge(folder, options, masked, console=console)
     except (KeyboardInterrupt, asyncio.CancelledError):
         typer.echo(f"stopped: every process was ended; what there is stays in {folder.root}", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    say(console, f"{time.monotonic() - started:.0f} s in all")
+    display.say(f"{time.monotonic() - started:.0f} s in all")
     typer.echo(str(folder.summary))
     raise typer.Exit(0 if kept else 1)
 
 
-def _masked(folder: RunFolder, options: DemoOptions, console: Console) -> MaskedRun:
+def _masked(folder: RunFolder, options: DemoOptions, display: Display) -> MaskedRun:
     from maskwork.participant.demo.masked_run import run_masked
 
     port = free_port()
     write_federation(folder, options, port, now=time.time())
     try:
-        return asyncio.run(run_masked(folder, options, port, console))
+        return asyncio.run(run_masked(folder, options, port, display))
     except UserError as failure:
         _show_logs(folder, failure.process if isinstance(failure, DemoFailed) else "")
         raise
@@ -94,7 +95,8 @@ def _judge(folder: RunFolder, options: DemoOptions, masked: MaskedRun, *, consol
     from maskwork.participant.demo.faults import planned
     from maskwork.participant.demo.summary import shortcomings, summary_table
 
-    summary, plain = compare(folder, options, masked, console)
+    display = Display(console)
+    summary, plain = compare(folder, options, masked, display)
     summary.write(folder.summary)
     found = shortcomings(summary, planned=len(planned(options.rounds)), exits=masked.exits, logs=folder.logs)
     console.print()
@@ -106,7 +108,7 @@ def _judge(folder: RunFolder, options: DemoOptions, masked: MaskedRun, *, consol
         plain_accuracies=plain.accuracies,
         masked_accuracy=summary.accuracy.masked,
     )
-    say(console, f"drawn: {folder.plot}" if drawn else "no picture was drawn: matplotlib is not installed")
+    display.say(f"drawn: {folder.plot}" if drawn else "no picture was drawn: matplotlib is not installed")
     for shortcoming in found:
         typer.secho(f"NOT KEPT: {shortcoming}", fg=typer.colors.RED, err=True)
     return not found

@@ -7,21 +7,20 @@ It is NOT where baselines are defined (`maskwork.participant.demo.baselines`) no
 from __future__ import annotations
 
 import numpy as np
-from rich.console import Console
 
 from maskwork.participant.demo.baselines import CommonTestSet, PlainRun, repeat_plain, train_centrally
-from maskwork.participant.demo.display import busy
+from maskwork.participant.demo.display import Display
 from maskwork.participant.demo.federation import DemoOptions, RunFolder
 from maskwork.participant.demo.masked_run import MaskedRun
 from maskwork.participant.demo.summary import Accuracy, Summary, summarise
 from maskwork.tensors import Float32Array, read_vector, write_model
 
 
-def compare(folder: RunFolder, options: DemoOptions, masked: MaskedRun, console: Console) -> tuple[Summary, PlainRun]:
+def compare(folder: RunFolder, options: DemoOptions, masked: MaskedRun, display: Display) -> tuple[Summary, PlainRun]:
     """Train the baselines, keep their models in the run's folder, and put the figures together."""
     test_set, schema, model = CommonTestSet(options), *read_vector(masked.model)
     _, initial = read_vector(folder.models / "initial.safetensors")
-    plain, centralised = _baselines(options, masked, initial, test_set=test_set, console=console)
+    plain, centralised = _baselines(options, masked, initial, test_set=test_set, display=display)
     for name, vector in (("plain", plain.model), ("centralised", centralised)):
         write_model(folder.models / f"{name}.safetensors", schema, vector, {"format": "pt"})
     summary = summarise(
@@ -38,10 +37,10 @@ def compare(folder: RunFolder, options: DemoOptions, masked: MaskedRun, console:
 
 
 def _baselines(
-    options: DemoOptions, masked: MaskedRun, initial: Float32Array, *, test_set: CommonTestSet, console: Console
+    options: DemoOptions, masked: MaskedRun, initial: Float32Array, *, test_set: CommonTestSet, display: Display
 ) -> tuple[PlainRun, Float32Array]:
     job = options.job()
-    with busy(console, f"repeating the {len(masked.rounds)} rounds in clear, with the same survivors and seeds"):
+    with display.busy(f"repeating the {len(masked.rounds)} rounds in clear, with the same survivors and seeds"):
         plain = repeat_plain(
             options,
             masked.job_id,
@@ -51,5 +50,5 @@ def _baselines(
             clip_norm=job.encoding.clip_norm,
             test_set=test_set,
         )
-    with busy(console, "training on the pooled data, as many passes"):
+    with display.busy("training on the pooled data, as many passes"):
         return plain, train_centrally(options, job.training, initial)

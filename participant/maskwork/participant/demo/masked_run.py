@@ -19,17 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, assert_never
 
-from rich.console import Console
-
 from maskwork.job import read_job_file
 from maskwork.job_events import RoundCommitted, WatchEvent
 from maskwork.jobs_client import JobsClient
 from maskwork.participant.demo.children import Children
-from maskwork.participant.demo.display import busy, say
+from maskwork.participant.demo.display import Display
 from maskwork.participant.demo.failure import DemoFailed
 from maskwork.participant.demo.faults import Injector, Landed, Missed, Rejoined, Strike, Turn, planned
 from maskwork.participant.demo.federation import HOST, DemoOptions, RunFolder
-from maskwork.watch_view import follow
 
 SILENCE_S: Final = 120.0
 _LOG_PAUSE_S: Final = 0.05
@@ -54,7 +51,7 @@ class MaskedRun:
     exits: Mapping[str, int]
 
 
-async def run_masked(folder: RunFolder, options: DemoOptions, port: int, console: Console) -> MaskedRun:
+async def run_masked(folder: RunFolder, options: DemoOptions, port: int, display: Display) -> MaskedRun:
     """Run the federation and the job, and end every process.
 
     Raises:
@@ -67,17 +64,17 @@ async def run_masked(folder: RunFolder, options: DemoOptions, port: int, console
     for number in (signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, task.cancel)
     async with Children(folder.logs) as children:
-        job_id, rounds, turns = await children.during(_job(children, folder, options, port=port, console=console))
-        with busy(console, "ending the processes"):
+        job_id, rounds, turns = await children.during(_job(children, folder, options, port=port, display=display))
+        with display.busy("ending the processes"):
             exits = await children.stop()
     return MaskedRun(job_id, rounds, turns, folder.models / "masked.safetensors", exits)
 
 
 async def _job(
-    children: Children, folder: RunFolder, options: DemoOptions, *, port: int, console: Console
+    children: Children, folder: RunFolder, options: DemoOptions, *, port: int, display: Display
 ) -> tuple[str, tuple[RoundCommitted, ...], tuple[Turn, ...]]:
     what = f"starting the coordinator and {options.participants} participants, a process each; torch takes its time"
-    with busy(console, what):
+    with display.busy(what):
         for name in ("coordinator", *options.sites):
             command = "coordinator" if name == "coordinator" else "participant"
             await children.start(name, command, "run", "--config", str(folder.config(name)))
@@ -87,9 +84,9 @@ async def _job(
     async with JobsClient(f"{HOST}:{port}", folder.researcher) as client:
         file = read_job_file(folder.job)
         job_id = await client.submit(file.spec(), file.model)
-        say(console, f"job {job_id} submitted: {options.rounds} rounds, masked; waiting for the sites to be ready")
-        watched = _injecting(_heard(client.watch(job_id)), injector, children, console)
-        state = await follow(watched, console)
+        display.say(f"job {job_id} submitted: {options.rounds} rounds, masked; waiting for the sites to be ready")
+        watched = _injecting(_heard(client.watch(job_id)), injector, children, display)
+        state = await display.show_job(watched)
         if not state.succeeded:
             why = "" if state.job is None else f" is {state.job.state}: {state.job.reason}"
             raise DemoFailed(f"the job {job_id}{why}", process="coordinator")
@@ -136,7 +133,7 @@ async def _heard(events: AsyncIterator[WatchEvent]) -> AsyncIterator[WatchEvent]
 
 
 async def _injecting(
-    events: AsyncIterator[WatchEvent], injector: Injector, children: Children, console: Console
+    events: AsyncIterator[WatchEvent], injector: Injector, children: Children, display: Display
 ) -> AsyncIterator[WatchEvent]:
     """Pass events on; kill whom the injector names before anything else is done with the event, and tell it after."""
     async for event in events:
@@ -145,7 +142,7 @@ async def _injecting(
             children.kill_and_restart(turn.victim)
         yield event
         if turn is not None:
-            say(console, turn_text(turn))
+            display.say(turn_text(turn))
 
 
 def turn_text(turn: Turn) -> str:
