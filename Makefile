@@ -57,6 +57,7 @@ vectors-check: $(STAMP)
 
 docs-check: $(STAMP)    ## generated pages and diagrams are up to date
 	$(BIN)/python scripts/state_diagrams.py
+	$(BIN)/python scripts/config_reference.py
 	git diff --exit-code -- docs
 
 mutants: $(STAMP)       ## take every check of the protocol out in turn: a test must fail each time

@@ -31,7 +31,10 @@ ROOT = Path(__file__).resolve().parent.parent
 Schema = Mapping[str, object]
 
 UNDOCUMENTED = {
-    ("JobFile", "model"): "the initial model, a safetensors file; its header fixes names, shapes and dtypes for the job.",
+    (
+        "JobFile",
+        "model",
+    ): "the initial model, a safetensors file; its header fixes names, shapes and dtypes.",
     ("Deadlines", "advertise_keys_s"): "step 0; the download of the model falls into it.",
     ("Deadlines", "share_keys_s"): "step 1.",
     ("Deadlines", "masked_update_s"): "step 2; local training and the upload fall into it.",
@@ -128,7 +131,7 @@ min_participants = 4
 )
 
 HEAD = """\
-<!-- Written by scripts/config_reference.py from the models that read these files. Change those, then `make docs-check`. -->
+<!-- Written by scripts/config_reference.py from the models that read these files. Change those. -->
 # Configuration
 
 Four files, all TOML. A key that is not listed here is refused, and the error names the nearest one that is. "Required"
@@ -232,6 +235,8 @@ def _default(value: Schema) -> str:
             return "`" + ", ".join(f"{k} = {v}" for k, v in default.items()) + "`"
         case str():
             return f'`"{default}"`'
+        case int() | float():
+            return f"`{_number(default)}`"
         case _:
             return f"`{default}`"
 
@@ -286,7 +291,7 @@ def _number(value: object) -> str:
         for offset, sign in ((0, ""), (-1, " - 1")):
             if value == (1 << power) + offset:
                 return f"2^{power}{sign}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}".replace("e+0", "e") if isinstance(value, float) else str(value)
 
 
 def main() -> None:

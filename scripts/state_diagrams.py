@@ -125,10 +125,9 @@ def _box(state: type, top: int) -> str:
     lines = _words(state)
     centre = LEFT + BOX_WIDTH // 2
     first = top + (BOX_HEIGHT - LINE_HEIGHT * len(lines)) // 2 + 4
-    texts = [f'<text class="name" x="{centre}" y="{first}" text-anchor="middle">{escape(state.__name__)}</text>']
-    texts += [
-        f'<text class="words" x="{centre}" y="{first + LINE_HEIGHT * number}" text-anchor="middle">{escape(line)}</text>'
-        for number, line in enumerate(lines, 1)
+    texts = [
+        f'<text class="{kind}" x="{centre}" y="{first + LINE_HEIGHT * number}" text-anchor="middle">{escape(line)}</text>'
+        for number, (kind, line) in enumerate([("name", state.__name__), *(("words", line) for line in lines)])
     ]
     box = f'<rect class="box" x="{LEFT}" y="{top}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="6"/>'
     return box + "".join(texts)

@@ -24,7 +24,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from maskwork.job_events import STAGES, Dropped, RoundCommitted, WatchEvent
+from maskwork.job_events import STAGES, ConnectionLost, Dropped, RoundCommitted, WatchEvent
 from maskwork.watch_state import (
     Attempt,
     Notice,
@@ -99,7 +99,8 @@ class WatchScreen:
     def take(self, event: WatchEvent) -> None:
         """Apply an event; learn the difference of the clocks from the one that arrived soonest after it happened."""
         behind_s = self.clock() - event.at
-        if event.at > 0 and (self.behind_s is None or behind_s < self.behind_s):
+        told = event.at > 0 and not isinstance(event, ConnectionLost)  # that one is by our own clock
+        if told and (self.behind_s is None or behind_s < self.behind_s):
             self.behind_s = behind_s
         self.state = self.state.apply(event)
 

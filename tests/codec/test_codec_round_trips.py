@@ -11,6 +11,7 @@ import pytest
 from google.protobuf.internal import encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.secagg.harness import make_plan, make_proposal
 
 from maskwork.secagg import messages as domain
 from maskwork.secagg.encoding import Encoding, Rotation, preset
@@ -29,7 +30,6 @@ from maskwork.wire.codec import (
     WireError,
 )
 from maskwork.wire.v1 import federation_pb2, plan_pb2, session_pb2
-from tests.secagg.harness import make_plan, make_proposal
 
 few = settings(max_examples=60, deadline=None)
 
@@ -50,7 +50,9 @@ def ascending(values: st.SearchStrategy[object]) -> st.SearchStrategy[tuple[obje
 
 
 advertise_keys = st.builds(domain.AdvertiseKeys, public_keys, public_keys, signatures)
-dealt = st.tuples(st.one_of(st.just(b""), st.binary(min_size=CIPHERTEXT_BYTES, max_size=CIPHERTEXT_BYTES)), digests, digests)
+dealt = st.tuples(
+    st.one_of(st.just(b""), st.binary(min_size=CIPHERTEXT_BYTES, max_size=CIPHERTEXT_BYTES)), digests, digests
+)
 share_keys = st.builds(
     lambda seed, root, shares, signature: domain.ShareKeys(
         seed, root, tuple(domain.DealtShare(i, *rest) for i, rest in shares), signature
@@ -115,7 +117,9 @@ responses = st.one_of(
 def plans(draw: st.DrawFn) -> RoundPlan:
     members = draw(st.integers(3, 12))
     roster = draw(
-        st.lists(st.tuples(names, digests), min_size=members, max_size=members, unique_by=(lambda e: e[0], lambda e: e[1]))
+        st.lists(
+            st.tuples(names, digests), min_size=members, max_size=members, unique_by=(lambda e: e[0], lambda e: e[1])
+        )
     )
     chosen = preset(draw(st.sampled_from(["exact", "compact"])), cohort=members, clip_norm=draw(positive), weight_cap=7)
     others = draw(st.lists(st.tuples(statistic_names, bounds), max_size=3, unique_by=lambda s: s[0]))

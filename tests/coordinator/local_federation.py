@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from maskwork import job_events as events
 from maskwork.coordinator import driver as driving
+from maskwork.coordinator.board import Subscription
 from maskwork.coordinator.driver import Driver, Federation
 from maskwork.coordinator.models import ModelStore
 from maskwork.coordinator.peers import Peer
@@ -88,6 +89,7 @@ class LocalSite:
         self.said: list[ParticipantMessage | UploadReady] = []
         self.silent: set[type] = set()
         self.state: client_states.State | None = None
+        self.shared: client_states.SharedKeys | None = None
         self.plan: RoundPlan | None = None
         self.session = b""
         self.peer: Peer | None = None
@@ -163,6 +165,8 @@ class LocalSite:
 
     async def _perform(self, step: client_states.Step) -> None:
         self.state = step.state
+        if isinstance(step.state, client_states.SharedKeys):
+            self.shared = step.state
         for effect in step.effects:
             match effect:
                 case client_states.Send(message):
@@ -239,6 +243,7 @@ def spec(**changes: object) -> JobSpec:
         "rounds": 1,
         "metrics": {"train.loss": 10.0},
         "cohort": Cohort(min_participants=3, max_participants=4, wait_s=0),
+        "encoding": {"weight_cap": EXAMPLES, "clip_norm": 5.0},
     }
     return JobSpec.model_validate({**values, **changes})
 
@@ -291,32 +296,38 @@ class LocalCoordinator:
 
     async def until(self, wanted: Callable[[events.JobEvent], bool], job_id: str = "job-1") -> events.JobEvent:
         """Go on until such an event of the current attempt, or a later one, is posted."""
+        with self.driver.board.subscribe(job_id) as subscription:
+            return await self._until(subscription, wanted, job_id)
+
+    async def _until(
+        self, subscription: Subscription, wanted: Callable[[events.JobEvent], bool], job_id: str
+    ) -> events.JobEvent:
         assert self.loop is not None
 
-        async def look() -> events.JobEvent:
-            with self.driver.board.subscribe(job_id) as subscription:
-                async for event in subscription:
-                    self.events.append(event)
-                    if wanted(event):
-                        return event
-            raise AssertionError("the board was closed")
+        async def look() -> events.JobEvent | None:
+            async for event in subscription:
+                self.events.append(event)
+                if wanted(event):
+                    return event
+            return None
 
         looking = asyncio.create_task(look())
         await asyncio.wait({looking, self.loop}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+        looking.cancel()
         if self.loop.done():
-            looking.cancel()
             self.loop.result()
-        assert looking.done(), f"no such event; last of job: {self.store.job(job_id)}"
-        return looking.result()
+        found = looking.result() if looking.done() else None
+        assert found is not None, f"no such event; the job: {self.store.job(job_id)}"
+        return found
 
     async def until_stage(self, stage: str) -> None:
         await self.until(lambda e: isinstance(e, events.StageOpened) and e.stage == stage)
 
     async def until_ended(self, job_id: str = "job-1") -> JobRecord:
         """Go on until the job has ended."""
-        record = self.record(job_id)
-        if record.state not in (JobState.COMPLETED, JobState.FAILED, JobState.ABORTED):
-            await self.until(lambda e: isinstance(e, events.JobSummary) and e.ended, job_id)
+        with self.driver.board.subscribe(job_id) as subscription:
+            if self.record(job_id).state in (JobState.QUEUED, JobState.RUNNING):
+                await self._until(subscription, lambda e: isinstance(e, events.JobSummary) and e.ended, job_id)
         return self.record(job_id)
 
     async def settled(self) -> None:

@@ -151,7 +151,9 @@ class Member:
                 total[i] += sign * int.from_bytes(stream[width * i : width * (i + 1)], "little")
         return total
 
-    def encoded(self, update: np.ndarray[tuple[int], np.dtype[np.float32]], weight: int, e: plan_pb2.Encoding) -> list[int]:
+    def encoded(
+        self, update: np.ndarray[tuple[int], np.dtype[np.float32]], weight: int, e: plan_pb2.Encoding
+    ) -> list[int]:
         scale = 2 ** (e.value_bits - 1) - 1
         norm = float(np.linalg.norm(update.astype(np.float64)))
         factor = np.float32(min(1.0, e.clip_norm / norm) * weight / e.weight_cap * scale / e.clip_norm)
@@ -225,7 +227,9 @@ def test_step_2(u: int) -> None:
     update = np.frombuffer(unhex(record["update"]), "<f4")
     encoded = member.encoded(update, record["weight"], encoding)
     assert encoded == record["encoded_update"]
-    masked = [(x + m) % 2**encoding.ring_bits for x, m in zip(encoded, member.masks(others, 0, len(encoded)), strict=True)]
+    masked = [
+        (x + m) % 2**encoding.ring_bits for x, m in zip(encoded, member.masks(others, 0, len(encoded)), strict=True)
+    ]
     bits = sum(y << (encoding.ring_bits * i) for i, y in enumerate(masked))
     packed = bits.to_bytes((len(masked) * encoding.ring_bits + 7) // 8, "little")
     assert packed.hex() == record["masked_update"]
@@ -258,7 +262,10 @@ def test_step_4_and_the_mean() -> None:
     centred = [(x + 2**63) % 2**64 - 2**63 for x in statistics]
     assert [x / 2**20 for x in centred] == end["statistics"]
     step = np.float32(
-        plan.encoding.clip_norm / (2 ** (plan.encoding.value_bits - 1) - 1) * plan.encoding.weight_cap / (centred[0] / 2**20)
+        plan.encoding.clip_norm
+        / (2 ** (plan.encoding.value_bits - 1) - 1)
+        * plan.encoding.weight_cap
+        / (centred[0] / 2**20)
     )
     mean = np.array([(x + 2 ** (r - 1)) % 2**r - 2 ** (r - 1) for x in sums], np.float32) * step
     assert mean.astype("<f4").tobytes().hex() == end["mean"]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from maskwork import job_events as events
-from maskwork.job import Cohort, Deadlines, JobSpec
+from maskwork.job import Cohort, Deadlines, EncodingSpec, JobSpec
 from maskwork.jobs_client import JobsClient
 from maskwork.net.authority import Authority
 from maskwork.net.identity import IdentityFiles, Role
@@ -308,6 +308,7 @@ def spec(name: str, *, rounds: int = 1, sites: Sequence[str] = SITES, minimum: i
         task="gated",
         rounds=rounds,
         metrics={"train.loss": 10.0},
+        encoding=EncodingSpec(weight_cap=10),  # every site has as many examples: the mean is the plain one
         cohort=Cohort(participants=tuple(sites), min_participants=minimum, wait_s=20.0),
         deadlines=Deadlines(reconnect_s=0.05),
     )

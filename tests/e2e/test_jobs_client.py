@@ -142,11 +142,30 @@ async def test_watch_survives_a_restart_of_the_coordinator(federation: Federatio
         await first.aclose()
         await asyncio.wait_for(stopped.wait(), PATIENCE_S)
         service.hold = None
+        refused = await _refuse_one_connection(int(target.rpartition(":")[2]))
         restarted.set()
+        await asyncio.wait_for(refused, PATIENCE_S)
         async with serving(federation, service, port=int(target.rpartition(":")[2])):
             rest = await asyncio.wait_for(watching, PATIENCE_S)
     assert [isinstance(event, ConnectionLost) for event in rest] == [True, False, False, False, False]
     assert rest[-2:] == [make.committed(2), COMPLETED]
+
+
+async def _refuse_one_connection(port: int) -> "asyncio.Task[None]":
+    """Close the first connection to a port, then the port."""
+    called = asyncio.Event()
+
+    async def close(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+        called.set()
+
+    server = await asyncio.start_server(close, "localhost", port)
+
+    async def wait() -> None:
+        async with server:
+            await called.wait()
+
+    return asyncio.create_task(wait())
 
 
 async def _rest(events: AsyncIterator[WatchEvent]) -> list[WatchEvent]:

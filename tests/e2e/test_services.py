@@ -7,20 +7,17 @@ unstructured line on standard error, an exit code other than the one named. Noth
 import asyncio
 import signal
 import sqlite3
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import pytest_asyncio
+from tests.e2e.services import SITES, Watch, World
 
 from maskwork import job_events as events
-from maskwork.errors import UserError
-from maskwork.net.authority import Authority
-from maskwork.net.identity import IdentityFiles, Role
+from maskwork.net.identity import Role
 from maskwork.tensors import read_vector
-from tests.e2e.services import SITES, Service, Watch, World, spec
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module"), pytest.mark.xdist_group("services")]
 
@@ -40,7 +37,9 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
         await world.close()
 
 
-async def test_sites_that_started_first_find_their_coordinator_and_a_job_completes(world: World, tmp_path: Path) -> None:
+async def test_sites_that_started_first_find_their_coordinator_and_a_job_completes(
+    world: World, tmp_path: Path
+) -> None:
     async with world.job("plain", rounds=2) as watch:
         ended = await watch.ended()
         assert (ended.state, ended.rounds_committed) == ("completed", 2)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
+from maskwork.errors import StoreError
 from maskwork.participant import training_calls
 from maskwork.participant.tasks.digits import Digits
 from maskwork.participant.training import initial_vector
@@ -61,6 +62,10 @@ class Mine(Exception):  # a site's own class
 
 def fail_in_my_own_way() -> None:
     raise Mine("the scanner is off")
+
+
+def fail_to_store() -> None:
+    raise StoreError("the disk is full", file="/models", remedy="Free some space")
 
 
 def return_what_cannot_travel() -> object:
@@ -146,8 +151,10 @@ async def test_errors_come_back_with_the_workers_traceback(worker: WorkerProcess
         await worker.call(sys.exit, 3)
     with pytest.raises(TypeError, match="lock"):
         await worker.call(return_what_cannot_travel)
-    with pytest.raises(UnicodeDecodeError):  # its constructor takes five arguments
+    with pytest.raises(UnicodeDecodeError):  # its constructor takes five arguments, and gives them back
         await worker.call(bytes.decode, b"\xff")
+    with pytest.raises((WorkerFault, StoreError), match="/models: the disk is full"):  # one that may not give them back
+        await worker.call(fail_to_store)
     assert await worker.call(os.getpid) == pid  # none of them cost the worker its life
 
 
@@ -200,6 +207,9 @@ async def test_a_cancelled_call_ends_its_worker(worker: WorkerProcess, tmp_path:
 
 
 async def test_a_start_that_is_cancelled_leaves_no_worker(worker: WorkerProcess) -> None:
+    await worker.start()
+    await worker.close()  # now there is a fork server, whose files are not counted
+    before = os.listdir("/proc/self/fd")
     starting = asyncio.create_task(worker.start())
     await asyncio.sleep(0)  # lets it begin; nothing is waited for
     starting.cancel()
@@ -208,6 +218,8 @@ async def test_a_start_that_is_cancelled_leaves_no_worker(worker: WorkerProcess)
     assert worker.pid is None
     assert await worker.call(kept) == []  # the fork server starts one after another: the unwanted one has been by now
     assert [child.pid for child in multiprocessing.active_children()] == [worker.pid]
+    await worker.close()
+    assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 async def test_setup_runs_in_every_new_worker() -> None:

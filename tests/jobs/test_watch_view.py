@@ -165,6 +165,7 @@ def test_why_a_job_failed() -> None:
 def test_a_stage_shows_its_age_by_the_coordinators_clock() -> None:
     ahead_s = 3600.0
     screen = WatchScreen(WatchState(), clock=lambda: make.T0 + 12 + ahead_s)
+    screen.take(ConnectionLost(make.JOB, screen.clock(), "Socket closed", 0.5))
     screen.take(make.attempt_opened())
     screen.take(make.stage_opened("advertise-keys"))
     screen.take(replace(make.answered("advertise-keys", "north"), at=make.T0 + 12))

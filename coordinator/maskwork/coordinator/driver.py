@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias, assert_never
 
@@ -678,6 +678,7 @@ class Driver:
         session = self._new_session(run.job_id, state, transcript.certificates, config=config, model_size=model_size)
         session.uplink_bytes = len(transcript.u3) * shape_of(plan).upload_bytes
         runner = self._runner = SessionRunner(session, self._around)
+        self._run = replace(run, attempt=plan.attempt)
         log.warning("session resumed", job=run.job_id, round=plan.round_number, survivors=len(transcript.u3))
         step = server.resume(state)
         session.state = step.state
