@@ -8,6 +8,7 @@ Rule: the text never carries a secret (a key, a share, a mask), since it is prin
 """
 
 import errno
+from collections.abc import Callable
 from pathlib import PurePath
 
 
@@ -25,8 +26,13 @@ class StoreError(UserError):
 
     def __init__(self, what: str, *, file: str | PurePath, remedy: str) -> None:
         super().__init__(f"{file}: {what}. {remedy}")
+        self._what = what
         self.file = str(file)
         self.remedy = remedy
+
+    def __reduce__(self) -> tuple[Callable[..., "StoreError"], tuple[str, str, str]]:
+        """Pickle by its parts, so that it arrives from a worker process as what it is."""
+        return _store_error, (self._what, self.file, self.remedy)
 
     @classmethod
     def from_cause(cls, cause: BaseException, *, file: str | PurePath) -> "StoreError":
@@ -47,6 +53,10 @@ class StoreError(UserError):
             return cls(f"could not be used ({cause})", file=file, remedy="Check the disk and the system's log.")
         what, remedy = said
         return cls(f"{what} ({cause})", file=file, remedy=remedy)
+
+
+def _store_error(what: str, file: str, remedy: str) -> StoreError:
+    return StoreError(what, file=file, remedy=remedy)
 
 
 _DISK_FULL = ("the disk is full", "Free some space on it; nothing half-written is kept, so a restart is safe.")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import os
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -25,10 +24,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
-# Before gRPC is imported: its own log lines would run through the live view, and what they mean is said in words.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-
-# isort: split
 from maskwork.errors import UserError
 from maskwork.job import read_job_file
 from maskwork.job_events import JobDetails, JobSummary, PastAttempt

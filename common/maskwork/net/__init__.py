@@ -20,3 +20,5 @@ GRPC_CAME_FIRST: Final = (
     "grpc._cython.cygrpc" in sys.modules and os.environ.get(CIPHER_SUITES_VARIABLE) != UNUSABLE_TLS12_SUITE
 )
 os.environ[CIPHER_SUITES_VARIABLE] = UNUSABLE_TLS12_SUITE
+# gRPC's own lines on standard error would stand between our JSON lines and say less; whoever wants them sets this.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")

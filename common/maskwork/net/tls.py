@@ -56,8 +56,8 @@ if maskwork.net.GRPC_CAME_FIRST:
         "TLS 1.2: import maskwork.net (or any module of it) before grpc"
     )
 
-# gRPC counts its asyncio objects and, with the last one, waits in a destructor for its poller thread to end; with a call
-# still pending that wait never ends (seen: a process hung in a garbage collection). One count is never given back.
+# gRPC counts its asyncio objects and, with the last one, waits in a destructor for its poller thread to end; with a
+# call still pending that wait never ends (seen: a process hung in a garbage collection). One count is never given back.
 grpc.aio.init_grpc_aio()
 
 Options = tuple[tuple[str, int], ...]

@@ -23,7 +23,7 @@ from maskwork.secagg.errors import DealerEquivocated
 from maskwork.secagg.keys import rotation_seed
 from maskwork.secagg.ring import UInt8Array, UInt32Array, UInt64Array, packed_size
 from maskwork.secagg.unmasking import UnmaskingJob, remaining_masks
-from maskwork.tensors import read_vector, write_model
+from maskwork.tensors import ModelFileError, read_vector, write_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,10 @@ def release(request: ReleaseRequest) -> Release:
     model += mean
     if not np.isfinite(model).all():
         return Implausible("the new model is not finite; lower the clip norm or the learning rate")
-    digest = models.put(lambda path: write_model(path, schema, model, dict(request.metadata)))
+    try:
+        digest = models.put(lambda path: write_model(path, schema, model, dict(request.metadata)))
+    except ModelFileError as error:
+        return Implausible(f"the new model cannot be written: {error}")
     return Released(digest, tuple(sums))
 
 
