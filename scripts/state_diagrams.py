@@ -125,9 +125,11 @@ def _box(state: type, top: int) -> str:
     lines = _words(state)
     centre = LEFT + BOX_WIDTH // 2
     first = top + (BOX_HEIGHT - LINE_HEIGHT * len(lines)) // 2 + 4
+    styled = [("name", state.__name__), *(("words", line) for line in lines)]
     texts = [
-        f'<text class="{kind}" x="{centre}" y="{first + LINE_HEIGHT * number}" text-anchor="middle">{escape(line)}</text>'
-        for number, (kind, line) in enumerate([("name", state.__name__), *(("words", line) for line in lines)])
+        f'<text class="{kind}" x="{centre}" y="{first + LINE_HEIGHT * number}" text-anchor="middle">'
+        f"{escape(line)}</text>"
+        for number, (kind, line) in enumerate(styled)
     ]
     box = f'<rect class="box" x="{LEFT}" y="{top}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="6"/>'
     return box + "".join(texts)

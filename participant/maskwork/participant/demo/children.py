@@ -145,7 +145,7 @@ class Children:
         self._tell_guardian(f"-{process.pid}")
         child = self._children.get(name)
         if child is not None and not child.told_to_end:
-            self._fail(DemoFailed(f"{name} {ended_text(code)} without having been told to", process=name))
+            self._fail(DemoFailed(f"{name} {ended_text(code)}, and nobody had told it to end", process=name))
 
     def _fail(self, failure: DemoFailed) -> None:
         if not self._failure.done():

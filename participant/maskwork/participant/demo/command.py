@@ -69,7 +69,7 @@ def demo(
         masked = _masked(folder, options, display)
         kept = _judge(folder, options, masked, console=console)
     except (KeyboardInterrupt, asyncio.CancelledError):
-        typer.echo(f"stopped: every process was ended; what there is stays in {folder.root}", err=True)
+        typer.echo(f"stopped, and every process with it; what there is stays in {folder.root}", err=True)
         raise typer.Exit(INTERRUPTED) from None
     display.say(f"{time.monotonic() - started:.0f} s in all")
     typer.echo(str(folder.summary))
@@ -119,6 +119,8 @@ def _show_logs(folder: RunFolder, culprit: str) -> None:
     logs = sorted(folder.logs.glob("*.log"), key=lambda log: (log.stem == culprit, log.stem))
     for log in logs:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if not lines:
+            continue
         typer.secho(f"--- {log}, its last lines", dim=True, err=True)
         for line in lines[-(_CULPRIT_LINES if log.stem == culprit else _TAIL_LINES) :]:
             typer.echo(line[:_TAIL_WIDTH], err=True)
