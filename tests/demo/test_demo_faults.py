@@ -51,7 +51,11 @@ def whole(number: int) -> list[WatchEvent]:
 
 def after_first_fault() -> Injector:
     subject = injector()
-    first = [make.attempt_opened(2), make.answered("share-keys", "east", 2), *without_upload(2, "east")]
+    first: list[WatchEvent] = [
+        make.attempt_opened(2),
+        make.answered("share-keys", "east", 2),
+        *without_upload(2, "east"),
+    ]
     turns = feed(subject, *first, make.attempt_opened(3), make.committed(3))
     assert [type(turn) for turn in turns] == [Strike, Landed, Rejoined]
     return subject
@@ -77,7 +81,11 @@ def test_the_first_to_deal_is_killed_and_the_round_stands_without_it() -> None:
 
 def test_a_site_that_uploaded_all_the_same_does_not_count_and_another_round_is_tried() -> None:
     subject = injector()
-    events = [make.attempt_opened(2), make.answered("share-keys", "east", 2), make.stage_opened("masked-update", 2)]
+    events: list[WatchEvent] = [
+        make.attempt_opened(2),
+        make.answered("share-keys", "east", 2),
+        make.stage_opened("masked-update", 2),
+    ]
     _, missed = feed(subject, *events, make.committed(2))
     assert isinstance(missed, Missed)
     assert "faster" in missed.why
@@ -89,7 +97,7 @@ def test_a_site_that_uploaded_all_the_same_does_not_count_and_another_round_is_t
 
 def test_a_site_that_was_not_in_u2_any_more_does_not_count() -> None:
     left = tuple(site for site in SITES if site != "east")
-    events = [make.attempt_opened(2), make.answered("share-keys", "east", 2)]
+    events: list[WatchEvent] = [make.attempt_opened(2), make.answered("share-keys", "east", 2)]
     opened = make.stage_opened("masked-update", 2, expected=left)
     _, missed = feed(injector(), *events, opened, make.committed(2, dropouts=("east",)))
     assert isinstance(missed, Missed)
@@ -123,11 +131,22 @@ def test_nobody_is_killed_where_a_site_is_missing_already() -> None:
 def test_a_victim_that_stays_away_has_not_rejoined_and_nobody_else_is_killed() -> None:
     subject = injector()
     feed(subject, make.attempt_opened(2), make.answered("share-keys", "east", 2), *without_upload(2, "east"))
-    away = [make.attempt_opened(3), make.answered("masked-update", "west", 3), make.committed(3, dropouts=("east",))]
+    away: list[WatchEvent] = [
+        make.attempt_opened(3),
+        make.answered("masked-update", "west", 3),
+        make.committed(3, dropouts=("east",)),
+    ]
     assert feed(subject, *away) == []
     (back,) = feed(subject, make.attempt_opened(4), make.answered("masked-update", "west", 4), make.committed(4))
     assert back == Rejoined(Strike(Moment.BEFORE_UPLOAD, "east", 2, 1), 4)
     assert subject.rejoined == (back,)
+
+
+def test_an_earlier_round_told_again_is_no_return() -> None:
+    subject = injector()
+    feed(subject, make.attempt_opened(2), make.answered("share-keys", "east", 2), *without_upload(2, "east"))
+    assert feed(subject, make.committed(1)) == []
+    assert subject.rejoined == ()
 
 
 def test_the_second_victim_is_the_first_other_site_that_uploaded() -> None:

@@ -25,7 +25,7 @@ from maskwork.net.authority import Authority
 from maskwork.net.identity import IdentityFiles, Role
 from maskwork.tensors import Schema, TensorSpec, write_model
 
-PATIENCE_S = 60.0
+PATIENCE_S = 30.0
 MASKWORK = Path(sys.executable).parent / "maskwork"
 SITES = ("site-a", "site-b", "site-c", "site-d")
 
@@ -177,8 +177,11 @@ class Watch:
 
     async def until(self, wanted: Callable[[events.WatchEvent], bool], *, since: int = 0) -> events.WatchEvent:
         """The first event, from event `since` on, for which `wanted` holds."""
-        async with asyncio.timeout(PATIENCE_S), self._grew:
-            await self._grew.wait_for(lambda: any(map(wanted, self.events[since:])) or self._task.done())
+        try:
+            async with asyncio.timeout(PATIENCE_S), self._grew:
+                await self._grew.wait_for(lambda: any(map(wanted, self.events[since:])) or self._task.done())
+        except TimeoutError:
+            raise AssertionError("\n".join(["no such event among:", *map(repr, self.events)])) from None
         if self._task.done():
             self._task.result()
         return next(e for e in self.events[since:] if wanted(e))
@@ -227,6 +230,7 @@ class World:
         self.address = f"127.0.0.1:{self.port}"
         self.gate = Gate(home / "gate")
         self.all: list[Service] = []
+        self.models = 0
         self.sites: dict[str, Service] = {}
         self.coordinator: Service
 
@@ -257,17 +261,19 @@ class World:
         return path
 
     async def start_coordinator(self) -> Service:
-        self.coordinator = await self._start("coordinator", "coordinator", self.coordinator_config())
+        self.coordinator = await self.start("coordinator", "coordinator", self.coordinator_config())
         await self.coordinator.logged("coordinator ready")
         return self.coordinator
 
     async def start_site(self, site: str) -> Service:
-        self.sites[site] = await self._start(site, "participant", self.site_config(site))
+        self.sites[site] = await self.start(site, "participant", self.site_config(site))
         return self.sites[site]
 
-    async def _start(self, name: str, group: str, config: Path) -> Service:
-        path = {"PYTHONPATH": str(Path(__file__).parent)}
-        service = await Service.start(name, group, "run", "--config", str(config), environment=path)
+    async def start(self, name: str, group: str, config: Path, *, environment: dict[str, str] | None = None) -> Service:
+        task = {"PYTHONPATH": str(Path(__file__).parent)}
+        service = await Service.start(
+            name, group, "run", "--config", str(config), environment=task if environment is None else environment
+        )
         self.all.append(service)
         return service
 
@@ -275,9 +281,11 @@ class World:
         return JobsClient(self.address, self.identity(role, "someone"))
 
     def model(self) -> Path:
-        path = self.home / "initial.safetensors"
-        if not path.exists():
-            write_model(path, Schema((TensorSpec("weight", "F32", (1, 2)),)), np.zeros(2, np.float32), {})
+        """A model that no job began with before: on one model, sites answer for one survivor set only."""
+        self.models += 1
+        path = self.home / f"initial-{self.models}.safetensors"
+        weights = np.full(2, float(self.models), np.float32)
+        write_model(path, Schema((TensorSpec("weight", "F32", (1, 2)),)), weights, {})
         return path
 
     @asynccontextmanager

@@ -7,17 +7,28 @@ unstructured line on standard error, an exit code other than the one named. Noth
 import asyncio
 import signal
 import sqlite3
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import pytest_asyncio
-from tests.e2e.services import SITES, Watch, World
+from tests.e2e.services import PATIENCE_S, SITES, Service, Watch, World, free_port, spec
 
 from maskwork import job_events as events
-from maskwork.net.identity import Role
+from maskwork.errors import UserError
+from maskwork.net import tls
+from maskwork.net.authority import Authority
+from maskwork.net.identity import IdentityFiles, Role
 from maskwork.tensors import read_vector
+from maskwork.wire.v1 import federation_pb2, federation_pb2_grpc
+
+# isort: split
+# Only now: gRPC reads its cipher suites while it is imported.
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module"), pytest.mark.xdist_group("services")]
 
@@ -37,6 +48,16 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
         await world.close()
 
 
+@pytest_asyncio.fixture(autouse=True, loop_scope="module")
+async def everybody_goes_on(world: World) -> AsyncIterator[None]:
+    """What a test held or stopped goes on after it, whatever became of the test."""
+    yield
+    for site in SITES:
+        world.gate.release(site)
+        if world.sites[site].process.returncode is None:
+            world.sites[site].send(signal.SIGCONT)
+
+
 async def test_sites_that_started_first_find_their_coordinator_and_a_job_completes(
     world: World, tmp_path: Path
 ) -> None:
@@ -50,8 +71,8 @@ async def test_sites_that_started_first_find_their_coordinator_and_a_job_complet
         async with world.client() as client:
             exported = await client.export(watch.job_id, tmp_path / "m.safetensors")
     assert exported.digest == ended.model_digest
-    # Each site adds 0.25, 0.5, 0.75 or 1 to both weights, with equal weights: 0.625 a round.
-    np.testing.assert_allclose(read_vector(exported.path)[1], 1.25, atol=1e-5)
+    # The sites add 0.25, 0.5, 0.75 and 1 to both weights, which are 1 in the beginning: 0.625 a round.
+    np.testing.assert_allclose(read_vector(exported.path)[1], 2.25, atol=1e-5)
 
 
 async def test_a_site_killed_before_its_upload_is_a_dropout_and_comes_back(world: World) -> None:
@@ -116,7 +137,7 @@ async def test_a_coordinator_killed_after_asking_for_unmasking_resumes_that_sess
     async with world.job("killed-late") as watch:
         await hold_at_unmasking(world, watch)
         with sqlite3.connect(world.home / "coordinator-state" / "coordinator.sqlite") as database:
-            ((session,),) = database.execute("select session_id from resume").fetchall()
+            ((session,),) = database.execute("select session_id from resumes").fetchall()
         await world.coordinator.kill()
         world.sites["site-d"].send(signal.SIGCONT)
         restarted = await world.start_coordinator()
@@ -182,3 +203,211 @@ async def test_everybody_ends_in_order_in_the_middle_of_a_round(world: World) ->
         assert codes == [0, 0, 0, 0]
     for service in world.all:
         service.assert_clean()
+
+
+# --- what cannot start, and who is refused --------------------------------------------------------------------------
+
+
+async def test_who_may_call_what(world: World) -> None:
+    await world.start_coordinator()
+    denied = {
+        Role.PARTICIPANT: ("ListJobs", "SubmitJob", "AbortJob"),
+        Role.AUDITOR: ("SubmitJob", "AbortJob"),
+        Role.COORDINATOR: ("ListJobs", "SubmitJob", "AbortJob"),
+        Role.OPERATOR: (),
+        Role.RESEARCHER: (),
+    }
+    for role, methods in denied.items():
+        async with world.client(role) as client:
+            calls = {
+                "ListJobs": client.list_jobs(),
+                "SubmitJob": client.submit(spec("x", sites=("site-x", "site-y", "site-z")), world.model()),
+                "AbortJob": client.abort("nothing"),
+            }
+            for method, call in calls.items():
+                if method in methods:
+                    with pytest.raises(UserError, match="may not do this"):
+                        await call
+                elif method == "AbortJob":
+                    with pytest.raises(UserError, match="no job"):
+                        await call
+                else:
+                    await call
+    for role in (Role.OPERATOR, Role.RESEARCHER, Role.AUDITOR, Role.COORDINATOR):
+        code, details = await connect(world, world.identity(role, "someone"))
+        assert code is grpc.StatusCode.PERMISSION_DENIED
+        assert details == (
+            f"a certificate with role {role.value} may not call /maskwork.wire.v1.FederationService/Connect"
+        )
+
+
+async def connect(world: World, files: IdentityFiles) -> tuple[grpc.StatusCode, str]:
+    """Open a control stream with these files; how it was refused."""
+    async with grpc.aio.secure_channel(
+        world.address, tls.channel_credentials(files), options=tls.CHANNEL_OPTIONS
+    ) as channel:
+        call: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(
+            "/maskwork.wire.v1.FederationService/Connect"
+        )(timeout=PATIENCE_S)
+        await call.write(b"")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        return caught.value.code(), caught.value.details() or ""
+
+
+@pytest.mark.parametrize(
+    ("first", "code"),
+    [
+        (federation_pb2.ConnectRequest(), grpc.StatusCode.INVALID_ARGUMENT),
+        (federation_pb2.ConnectRequest(upload_ready=federation_pb2.UploadReady()), grpc.StatusCode.INVALID_ARGUMENT),
+        (
+            federation_pb2.ConnectRequest(hello=federation_pb2.Hello(versions=[7])),
+            grpc.StatusCode.FAILED_PRECONDITION,
+        ),
+    ],
+)
+async def test_a_control_stream_that_does_not_begin_with_a_hello_of_ours_is_refused(
+    world: World, first: federation_pb2.ConnectRequest, code: grpc.StatusCode
+) -> None:
+    files = world.identity(Role.PARTICIPANT, "rude")
+    async with grpc.aio.secure_channel(
+        world.address, tls.channel_credentials(files), options=tls.CHANNEL_OPTIONS
+    ) as channel:
+        stub: federation_pb2_grpc.FederationServiceAsyncStub = federation_pb2_grpc.FederationServiceStub(channel)
+        call = stub.Connect(timeout=PATIENCE_S)
+        await call.write(first)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert caught.value.code() is code
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await anext(aiter(stub.Download(federation_pb2.DownloadRequest(digest=bytes(32)))))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Upload(iter([federation_pb2.UploadRequest(session_id=bytes(32))]))
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_health_and_reflection_answer_any_member(world: World) -> None:
+    files = world.identity(Role.AUDITOR, "someone")
+    async with grpc.aio.secure_channel(
+        world.address, tls.channel_credentials(files), options=tls.CHANNEL_OPTIONS
+    ) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        watch.cancel()
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        asked = reflection.ServerReflectionInfo(timeout=PATIENCE_S)
+        await asked.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+        services = {s.name for s in (await asked.read()).list_services_response.service}
+        assert {
+            "maskwork.wire.v1.FederationService",
+            "maskwork.wire.v1.JobService",
+            "grpc.health.v1.Health",
+        } <= services
+        asked.cancel()
+
+
+async def refused_to_start(world: World, group: str, config: Path) -> str:
+    """Start something that cannot start; its one line of error."""
+    service = await world.start("wrong", group, config)
+    assert await service.wait() == 1, service.text
+    (line,) = [e["event"] for e in service.lines if e["event"] and not e["event"].startswith("{")]
+    assert line.startswith("error: ")
+    return str(line)
+
+
+async def test_a_coordinator_that_cannot_start_says_why_in_one_line(world: World) -> None:
+    taken = world.coordinator_config(state="other-state")
+    assert f"cannot listen on {world.address}" in await refused_to_start(world, "coordinator", taken)
+
+    garbage = world.home / "garbage-state"
+    garbage.mkdir()
+    (garbage / "coordinator.sqlite").write_bytes(b"this is not a database" * 100)
+    config = world.coordinator_config(state="garbage-state")
+    assert f"{garbage / 'coordinator.sqlite'}: is damaged or not a database" in await refused_to_start(
+        world, "coordinator", config
+    )
+
+    in_use = world.coordinator_config(listen=f"127.0.0.1:{free_port()}")
+    assert "in use" in await refused_to_start(world, "coordinator", in_use)
+
+    files = world.authority.issue(Role.COORDINATOR, "bad", now=time.time(), ip_addresses=["127.0.0.1"])
+    broken = files.write(world.home / "broken-key")
+    broken.key.write_bytes(b"-----BEGIN PRIVATE KEY-----\nnonsense\n-----END PRIVATE KEY-----\n")
+    config = world.coordinator_config(identity="broken-key", state="other-state")
+    assert str(broken.key) in await refused_to_start(world, "coordinator", config)
+
+
+@pytest.mark.parametrize("wrong", ["expired", "role", "ca"])
+async def test_a_site_with_the_wrong_certificate_says_what_is_wrong_with_it(world: World, wrong: str) -> None:
+    now, home = time.time(), world.home / f"wrong-{wrong}"
+    if wrong == "expired":
+        elder = Authority.create("ward", now=now - 100 * 86_400)
+        elder.issue(Role.PARTICIPANT, "site-x", now=now - 50 * 86_400, days=1).write(home)
+        says = "expired"
+    elif wrong == "role":
+        world.authority.issue(Role.RESEARCHER, "site-x", now=now).write(home)
+        says = "researcher"
+    else:
+        Authority.create("ward", now=now).issue(Role.PARTICIPANT, "site-x", now=now).write(home)
+        says = ""
+    config = world.site_config("site-a", identity=home.name, state=f"state-{wrong}")
+    if wrong != "ca":
+        line = await refused_to_start(world, "participant", config)
+        assert says in line
+        assert str(home) in line
+        return
+    # Its own files agree with each other; only the coordinator's certificate shows that the CA is another one.
+    service = await world.start("stranger", "participant", config)
+    line = (await service.logged("not connected"))["detail"]
+    assert "CA" in line
+    assert str(home) in line
+    assert await service.terminate() == 0
+    service.assert_clean()
+
+
+async def test_a_site_whose_task_cannot_be_loaded_says_so(world: World) -> None:
+    config = world.site_config("site-a", state="state-no-task")
+    config.write_text(config.read_text().replace("gated_task:Gated", "gated_task:Gate"))
+    assert "gated_task:Gate" in await refused_to_start(world, "participant", config)
+
+
+async def test_the_coordinator_that_was_refused_nothing_ends_in_order(world: World) -> None:
+    assert await world.coordinator.terminate() == 0
+    world.coordinator.assert_clean()
+
+
+# --- torch ----------------------------------------------------------------------------------------------------------
+
+SHOW_MODULES = """
+import atexit, sys
+atexit.register(lambda: print("MODULES", *sorted(m.partition(".")[0] for m in sys.modules), file=sys.stderr))
+"""
+
+
+async def test_no_process_of_the_coordinator_ever_imports_torch(world: World) -> None:
+    """Every command, and a whole round of the service with its worker and fork server."""
+    site = world.home / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(SHOW_MODULES)
+    environment = {"PYTHONPATH": str(site)}
+    for arguments in (["--help"], ["coordinator", "--help"], ["coordinator", "run", "--help"], ["job", "--help"]):
+        service = await Service.start("modules", *arguments, environment=environment)
+        assert await service.wait() == 0
+        assert_without_torch(service)
+    config = world.coordinator_config()
+    service = await world.start("coordinator", "coordinator", config, environment=environment)
+    await service.logged("coordinator ready")
+    assert await service.terminate() == 0
+    assert_without_torch(service)
+
+
+def assert_without_torch(service: Service) -> None:
+    dumps = [e["event"].split() for e in service.lines if e["event"].startswith("MODULES")]
+    assert dumps
+    for modules in dumps:
+        assert "maskwork" in modules
+        assert "torch" not in modules

@@ -16,14 +16,14 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeAlias, assert_never
+from typing import BinaryIO, ParamSpec, Protocol, TypeAlias, TypeVar, assert_never
 
 import structlog
 
 from maskwork.net.identity import ParticipantVerifier, VerifiedCertificate
 from maskwork.participant import training_calls
 from maskwork.participant.agent import check_offer
-from maskwork.participant.client import CoordinatorLink, LinkDown, LinkUp, Said, TransferError
+from maskwork.participant.client import LinkDown, LinkUp, Said, TransferError
 from maskwork.participant.config import TaskConfig
 from maskwork.participant.ledger import Ledger, SignedPlan, StaleAttempt
 from maskwork.participant.policy import Policy
@@ -137,6 +137,48 @@ class Work:
         return self.folder / "model.safetensors"
 
 
+class Link(Protocol):
+    """The way to the coordinator; a `maskwork.participant.client.CoordinatorLink` in a service."""
+
+    def send(self, session: bytes, message: codec.Request) -> None:
+        """Send a message if connected."""
+        ...
+
+    async def download(self, digest: bytes, size: int, path: Path) -> None:
+        """Fetch something content-addressed into `path`; raises TransferError."""
+        ...
+
+    async def upload(self, session: bytes, update: BinaryIO, statistics: bytes, offsets: tuple[int, int]) -> int:
+        """Stream both segments from their offsets; raises TransferError."""
+        ...
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Worker(Protocol):
+    """Where a task's training runs; a `maskwork.worker.WorkerProcess` in a service."""
+
+    async def start(self) -> None:
+        """Load the task and its data; raises what is wrong with them."""
+        ...
+
+    async def call(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run `function` and wait for what it returns or raises; cancelled, it ends the work."""
+        ...
+
+    async def close(self) -> None:
+        """End it."""
+        ...
+
+
+def training_worker(name: str, task: TaskConfig) -> WorkerProcess:
+    """The process that trains one task."""
+    setup = partial(training_calls.configure, task.use, task.options, task.threads)
+    return WorkerProcess(name=f"training {name}", preload=training_calls.PRELOAD, setup=setup)
+
+
 @dataclass(frozen=True, slots=True)
 class SiteIdentity:
     """Who this participant is."""
@@ -160,6 +202,7 @@ class Driver:
         tasks: Mapping[str, TaskConfig],
         seed: int,
         scratch: Path,
+        make_worker: Callable[[str, TaskConfig], Worker] = training_worker,
         clock: Callable[[], float] = time.time,
         entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
@@ -171,12 +214,13 @@ class Driver:
         self._clock = clock
         self._entropy = entropy
         self._tasks = tasks
-        self._workers: dict[str, WorkerProcess] = {}
+        self._make_worker = make_worker
+        self._workers: dict[str, Worker] = {}
         self._coordinator: VerifiedCertificate | None = None
         self._work: Work | None = None
         self._discarding: set[asyncio.Task[None]] = set()
         self.inbox: asyncio.Queue[object] = asyncio.Queue(256)
-        self.link: CoordinatorLink | None = None
+        self.link: Link | None = None
 
     def active_session(self) -> bytes:
         """The session that this participant is in, for the Hello of a new connection; empty for none."""
@@ -189,10 +233,8 @@ class Driver:
             UserError: a task or its data is not usable.
         """
         for name, task in self._tasks.items():
-            setup = partial(training_calls.configure, task.use, task.options, task.threads)
-            worker = WorkerProcess(name=f"training {name}", preload=training_calls.PRELOAD, setup=setup)
-            self._workers[name] = worker
-            await worker.start()
+            self._workers[name] = self._make_worker(name, task)
+            await self._workers[name].start()
             log.info("task ready", task=name)
 
     async def run(self) -> None:
@@ -546,7 +588,7 @@ class Driver:
             self._offer_upload()  # if the stream is down this is lost, and offered again when it is up
 
 
-async def _discard(worker: WorkerProcess, session: bytes) -> None:
+async def _discard(worker: Worker, session: bytes) -> None:
     try:
         await worker.call(training_calls.discard, session)
     except (WorkerDied, WorkerFault) as error:

@@ -13,6 +13,7 @@ number that was given to another process since is never signalled.
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import time
@@ -38,7 +39,7 @@ class Ward:
             self._descriptor = os.pidfd_open(pid)
 
     def signal(self, number: int) -> bool:
-        """Send a signal (0: only ask); False when the process is gone."""
+        """Send a signal (0: none); False when the process is gone."""
         try:
             if sys.platform == "linux" and self._descriptor is not None:
                 signal.pidfd_send_signal(self._descriptor, number)
@@ -47,6 +48,13 @@ class Ward:
         except ProcessLookupError:
             return False
         return True
+
+    def running(self) -> bool:
+        """Whether it still runs; one that has ended but was not waited for does not."""
+        if self._descriptor is None:
+            return self.signal(0)
+        ready, _, _ = select.select([self._descriptor], [], [], 0)
+        return not ready
 
     def release(self) -> None:
         """Let go of it."""
@@ -74,7 +82,7 @@ def end(wards: list[Ward], *, grace_s: float) -> None:
     deadline = time.monotonic() + grace_s
     while left and time.monotonic() < deadline:
         time.sleep(_PAUSE_S)
-        left = [ward for ward in left if ward.signal(0)]
+        left = [ward for ward in left if ward.running()]
     for ward in left:
         ward.signal(signal.SIGKILL)
 

@@ -47,10 +47,7 @@ def draw(
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True)
     _draw_metric(upper, rounds, "eval.accuracy", "masked: at the sites, on what each holds out")
-    upper.plot(
-        range(1, len(plain_accuracies) + 1), plain_accuracies, ":", color="tab:green", label="in clear: test set"
-    )
-    upper.plot([len(rounds)], [masked_accuracy], "D", color="tab:orange", label="masked: test set, last model")
+    _draw_test_accuracy(upper, plain_accuracies, masked_accuracy)
     _draw_metric(lower, rounds, "eval.loss", "masked: at the sites, on what each holds out")
     _draw_metric(lower, rounds, "train.loss", "masked: while training", color="tab:purple")
     upper.set_ylabel("accuracy")
@@ -71,6 +68,11 @@ def _draw_metric(
 ) -> None:
     points = [(event.round_number - 1, event.statistics[name]) for event in rounds if name in event.statistics]
     axes.plot([x for x, _ in points], [y for _, y in points], ".-", color=color, label=label)
+
+
+def _draw_test_accuracy(axes: Axes, plain: Sequence[float], masked: float) -> None:
+    axes.plot(range(1, len(plain) + 1), plain, ":", color="tab:green", label="in clear: test set")
+    axes.plot([len(plain)], [masked], "D", color="tab:orange", label="masked: test set, last model")
 
 
 def _mark_faults(axes: Axes, turns: Sequence[Turn], *, named: bool) -> None:

@@ -113,11 +113,7 @@ def summarise(
         max_abs_difference_of_weights=difference,
         uplink_bytes_per_parameter=sum(event.uplink_bytes for event in committed) / (uploads * parameters),
         round_seconds_median=statistics.median(event.seconds for event in committed),
-        stage_seconds={
-            stage: statistics.median(times)
-            for stage in STAGES
-            if (times := [event.stage_seconds[stage] for event in committed if stage in event.stage_seconds])
-        },
+        stage_seconds=_stage_medians(committed),
         model=str(model),
     )
 
@@ -182,6 +178,14 @@ def summary_table(summary: Summary, turns: Sequence[Turn]) -> Table:
     for name, value in rows.items():
         table.add_row(name, Text(value, overflow="fold"))
     return table
+
+
+def _stage_medians(committed: Sequence[RoundCommitted]) -> dict[str, float]:
+    return {
+        stage: statistics.median(times)
+        for stage in STAGES
+        if (times := [event.stage_seconds[stage] for event in committed if stage in event.stage_seconds])
+    }
 
 
 def _percent(share: float) -> str:

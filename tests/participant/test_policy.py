@@ -1,0 +1,207 @@
+"""What a site agrees to: each rule of the policy, the checks of an offer, and the files that say it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.secagg.cohort import make_plan, make_proposal
+
+from maskwork.errors import UserError
+from maskwork.participant.agent import check_offer
+from maskwork.participant.config import read_config
+from maskwork.participant.policy import Policy, read_policy
+from maskwork.secagg.encoding import Encoding, Rotation
+from maskwork.secagg.errors import DeclineCode, PlanRefused
+from maskwork.secagg.plan import RoundPlan, StatisticSpec
+from maskwork.task import TrainingConfig
+from maskwork.wire.codec import OpenSession
+
+CONFIG = TrainingConfig().canonical_json()
+DIGEST = hashlib.sha256(CONFIG).digest()
+
+
+def plan(n: int = 4, **changes: object) -> RoundPlan:
+    colluders = {"colluders": 1} if n <= 128 else {}
+    return make_plan(n, **{**colluders, "training_digest": DIGEST, **changes})
+
+
+# --- the policy -----------------------------------------------------------------------------------------------------
+
+
+def test_the_strict_default_takes_an_ordinary_plan() -> None:
+    assert Policy().decide(plan()) == ()
+
+
+@pytest.mark.parametrize(
+    ("policy", "proposed", "code", "detail"),
+    [
+        (Policy(min_cohort=5), plan(4), DeclineCode.COHORT_TOO_SMALL, "cohort 4 < 5"),
+        (Policy(min_survivors=5), plan(4), DeclineCode.TOO_FEW_SURVIVORS, "cohort 4 < survivors 5"),
+        (Policy(), plan(4, colluders=0), DeclineCode.COLLUDERS, "tolerated colluders 0 < 1"),
+        (Policy(tasks=("xray",)), plan(), DeclineCode.TASK, "task digits is not among those allowed"),
+        (Policy(min_colluders=0), plan(200), DeclineCode.GRAPH, "the sparse graph is not allowed here"),
+        (Policy(max_rounds=19), plan(), DeclineCode.POLICY, "rounds 20 > 19"),
+        (Policy(min_value_bits=13), plan(), DeclineCode.ENCODING, "value bits 12 not within 13..32"),
+        (Policy(max_value_bits=11), plan(), DeclineCode.ENCODING, "value bits 12 not within 8..11"),
+        (Policy(max_clip_norm=0.5), plan(), DeclineCode.ENCODING, "clip norm 1 > 0.5"),
+        (Policy(max_weight=99), plan(), DeclineCode.ENCODING, "weight cap 100 > 99"),
+    ],
+)
+def test_each_rule_refuses_with_its_code_and_says_by_how_much(
+    policy: Policy, proposed: RoundPlan, code: DeclineCode, detail: str
+) -> None:
+    (refusal,) = policy.decide(proposed)
+    assert (refusal.code, refusal.detail) == (code, detail)
+
+
+@pytest.mark.parametrize(
+    ("policy", "proposed"),
+    [
+        (Policy(min_cohort=4), plan(4)),
+        (Policy(min_survivors=4), plan(4)),
+        (Policy(min_colluders=0), plan(4, colluders=0)),
+        (Policy(tasks=("xray", "digits")), plan()),
+        (Policy(min_colluders=0, sparse_graph=True), plan(200)),
+        (Policy(max_rounds=20, min_value_bits=12, max_value_bits=12, max_clip_norm=1.0, max_weight=100), plan()),
+    ],
+)
+def test_each_rule_admits_what_is_just_within_it(policy: Policy, proposed: RoundPlan) -> None:
+    assert policy.decide(proposed) == ()
+
+
+def test_every_broken_rule_is_told_at_once() -> None:
+    refusals = Policy(min_cohort=5, max_rounds=1, tasks=("x",)).decide(plan(4))
+    assert [r.code for r in refusals] == [DeclineCode.TASK, DeclineCode.COHORT_TOO_SMALL, DeclineCode.POLICY]
+
+
+# --- offers ---------------------------------------------------------------------------------------------------------
+
+
+def offer(proposed: RoundPlan | None = None, **changes: object) -> OpenSession:
+    made = OpenSession(make_proposal(proposed or plan()), CONFIG, 1000, bytes(32), 100)
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def check(
+    made: OpenSession,
+    policy: Policy | None = None,
+    highest: tuple[int, int] | None = None,
+    tasks: tuple[str, ...] = ("digits",),
+) -> TrainingConfig:
+    return check_offer(made, federation="test", tasks=tasks, policy=policy or Policy(), highest=highest)
+
+
+def refusal(made: OpenSession, **changes: object) -> tuple[DeclineCode, str]:
+    with pytest.raises(PlanRefused) as caught:
+        check(made, **changes)  # type: ignore[arg-type]
+    return caught.value.code, caught.value.detail
+
+
+def test_a_good_offer_gives_its_training_config() -> None:
+    assert check(offer()) == TrainingConfig()
+    assert check(offer(), highest=(2, 99)) == check(offer(), highest=(3, 0)) == TrainingConfig()
+
+
+def test_offers_that_are_not_for_this_site() -> None:
+    assert refusal(offer(plan(federation="other"))) == (DeclineCode.BAD_PLAN, "the plan is for federation other")
+    assert refusal(offer(), tasks=("xray",)) == (DeclineCode.TASK, "task digits is not configured at this site")
+
+
+def test_the_policys_words_go_into_the_decline() -> None:
+    assert refusal(offer(), policy=Policy(min_cohort=5, max_rounds=1)) == (
+        DeclineCode.COHORT_TOO_SMALL,
+        "cohort 4 < 5; rounds 20 > 1",
+    )
+
+
+@pytest.mark.parametrize("highest", [(3, 1), (3, 2), (4, 0), (2**40, 1)])
+def test_an_attempt_that_is_not_above_the_highest_seen(highest: tuple[int, int]) -> None:
+    code, detail = refusal(offer(), highest=highest)
+    assert code is DeclineCode.STALE_ATTEMPT
+    assert detail == f"round 3, attempt 1 is not above round {highest[0]}, attempt {highest[1]}"
+
+
+@pytest.mark.parametrize("size", [0, 40 * 8 + (64 << 20) + 1])
+def test_a_model_of_an_impossible_size(size: int) -> None:
+    assert refusal(offer(model_size=size))[0] is DeclineCode.WRONG_MODEL
+
+
+def test_a_model_larger_than_the_site_allows() -> None:
+    assert check(offer(model_size=999), Policy(max_model_bytes=999))
+    assert refusal(offer(model_size=1000), policy=Policy(max_model_bytes=999)) == (
+        DeclineCode.WRONG_MODEL,
+        "a model of 1000 bytes, at most 999 are accepted",
+    )
+
+
+@pytest.mark.parametrize("config", [CONFIG + b" ", b"{}", b'{"epochs":0}', b"\xff", b"[" * 5000])
+def test_a_training_config_that_is_not_the_plans_or_not_canonical(config: bytes) -> None:
+    assert refusal(offer(training_config=config))[0] is DeclineCode.TRAINING_CONFIG
+    named = plan(training_digest=hashlib.sha256(config).digest())
+    assert refusal(offer(named, training_config=config))[0] is DeclineCode.TRAINING_CONFIG
+
+
+def test_no_check_depends_on_another_having_failed() -> None:
+    wrong = plan(encoding=Encoding(1e6, 10**6, 12, 20, Rotation.NONE), statistics=(StatisticSpec("examples", 1e6),))
+    assert refusal(offer(wrong), policy=Policy(max_clip_norm=1.0)) == (DeclineCode.ENCODING, "clip norm 1e+06 > 1")
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_policy_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text('tasks = ["digits"]\nmin_cohort = 5\nmin_survivor_difference = 4\n')
+    assert read_policy(path) == Policy(tasks=("digits",), min_cohort=5, min_survivor_difference=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("min_cohrt = 5\n", "min_cohrt: no such key; did you mean min_cohort"),
+        ("min_cohort = 2\n", "min_cohort: .*greater than or equal to 3"),
+        ("min_survivors = 2\n", "min_survivors: "),
+        ("min_survivor_difference = 1\n", "min_survivor_difference: "),
+        ("max_clip_norm = inf\n", "max_clip_norm: "),
+        ("min_cohort =\n", "cannot be read as a policy"),
+    ],
+)
+def test_a_mistake_in_a_policy_is_told_by_key(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says) as caught:
+        read_policy(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+SITE = 'coordinator = "localhost:1"\nidentity = "id"\nstate = "s"\n[tasks.digits]\nuse = "m:T"\n'
+
+
+def test_a_sites_paths_are_relative_to_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text('policy = "p.toml"\n' + SITE + "[tasks.digits.options]\nalpha = 0.5\n")
+    config = read_config(path)
+    assert (config.identity, config.state, config.policy) == (tmp_path / "id", tmp_path / "s", tmp_path / "p.toml")
+    assert config.tasks["digits"].options == {"alpha": 0.5}
+    path.write_text(SITE)
+    assert read_config(path).policy is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('polcy = "p"\n' + SITE, "polcy: no such key; did you mean policy"),
+        (SITE + "thread = 2\n", "tasks.digits.thread: no such key; did you mean threads"),
+        (SITE + "threads = 0\n", "tasks.digits.threads: "),
+        (SITE.replace('use = "m:T"', ""), "tasks.digits.use: Field required"),
+        (SITE.replace("localhost:1", "localhost"), "coordinator: "),
+    ],
+)
+def test_a_mistake_in_a_sites_file_is_told_by_key(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_config(path)
