@@ -33,25 +33,21 @@ from maskwork.secagg.graph import GraphKind, NeighbourGraph
 from maskwork.secagg.keys import ShareKind
 from maskwork.secagg.messages import (
     AdvertiseKeys,
-    Advertisements,
     Complaint,
     ConsistencyCheck,
-    CoordinatorMessage,
     Decline,
-    DeliveredShare,
-    DeliveredShares,
     Members,
     ParticipantMessage,
     Proposal,
     SessionClosed,
     ShareKeys,
     SurvivorSets,
-    SurvivorSignatures,
     Unmask,
     Withdraw,
     advertisement_digest,
 )
 from maskwork.secagg.plan import neighbour_graph, session_id
+from maskwork.secagg.server_requests import request, unmasking_job
 from maskwork.secagg.server_states import (
     Aborted,
     AddUpdate,
@@ -86,7 +82,6 @@ from maskwork.secagg.server_states import (
     Step,
     UploadCompleted,
 )
-from maskwork.secagg.unmasking import MaskSecretShares, SelfSeedShares, UnmaskingJob
 
 # --- transitions ----------------------------------------------------------------------------------------------------
 
@@ -236,7 +231,7 @@ def _reconnected(state: Collecting, sender: int) -> Step:
     back = replace(state, away=state.away - {sender})
     if sender not in expected(state) or sender in state.lost:
         return Step(back)
-    return Step(back, (SendTo(sender, _request(back, sender)),))
+    return Step(back, (SendTo(sender, request(back, sender)),))
 
 
 def _drop(state: Collecting, sender: int, reason: DropReason, detail: str) -> Step:
@@ -362,7 +357,7 @@ def _close(state: Collecting) -> Step:
             )
             return Step(following, (PersistUnmask(), *_open(following)))
         case CollectingUnmask():
-            return Step(RemovingMasks(state.session, state), (RemoveMasks(_unmasking_job(state)),))
+            return Step(RemovingMasks(state.session, state), (RemoveMasks(unmasking_job(state)),))
         case _:
             assert_never(state)
     return Step(following, _open(following))
@@ -370,7 +365,7 @@ def _close(state: Collecting) -> Step:
 
 def _open(state: Collecting) -> tuple[Effect, ...]:
     asked = outstanding(state)
-    requests = tuple(SendTo(i, _request(state, i)) for i in sorted(asked))
+    requests = tuple(SendTo(i, request(state, i)) for i in sorted(asked))
     return (StageOpened(state.stage, asked), *requests)
 
 
@@ -411,80 +406,6 @@ def _graph(session: Session, advertised: Mapping[int, AdvertiseKeys]) -> Neighbo
         for i in range(session.plan.cohort)
     ]
     return neighbour_graph(session.plan, graphs.graph_seed(session.id, digests))
-
-
-def _request(state: Collecting, recipient: int) -> CoordinatorMessage:
-    """What the open stage asks of one member; the same to the letter however often it is asked."""
-    match state:
-        case CollectingKeys():
-            return state.session.proposal
-        case CollectingShares():
-            return _advertisements(state, recipient)
-        case CollectingUpdates():
-            return _delivered_shares(state, recipient)
-        case CollectingSignatures():
-            return state.sets
-        case CollectingUnmask():
-            holders = state.graph.holders(recipient)
-            return SurvivorSignatures(
-                tuple((h, state.signatures[h].signature) for h in holders if h in state.signatures)
-            )
-        case _:
-            assert_never(state)
-
-
-def _advertisements(state: CollectingShares, recipient: int) -> Advertisements:
-    u1 = frozenset(state.advertised)
-    neighbours = [v for v in state.graph.neighbours(recipient) if v in u1]
-    digests: tuple[bytes, ...] = ()
-    if state.graph.kind is GraphKind.SPARSE:
-        digests = tuple(advertisement_digest(state.advertised[i]) for i in sorted(u1))
-    return Advertisements(u1, tuple((v, state.advertised[v]) for v in neighbours), digests)
-
-
-def _delivered_shares(state: CollectingUpdates, recipient: int) -> DeliveredShares:
-    u2 = frozenset(state.dealings)
-    shares = []
-    for dealer in state.graph.neighbours(recipient):
-        if dealer not in u2:
-            continue
-        dealing = state.dealings[dealer]
-        position = next(i for i, s in enumerate(dealing.message.shares) if s.holder == recipient)
-        dealt = dealing.message.shares[position]
-        shares.append(
-            DeliveredShare(
-                dealer=dealer,
-                seed_commitment=dealing.message.seed_commitment,
-                root=dealing.message.root,
-                holders=len(dealing.message.shares),
-                signature=dealing.message.signature,
-                self_commitment=dealt.self_commitment,
-                mask_commitment=dealt.mask_commitment,
-                ciphertext=dealt.ciphertext,
-                proof=dealing.proofs[position],
-            )
-        )
-    return DeliveredShares(u2, tuple(shares))
-
-
-def _unmasking_job(state: CollectingUnmask) -> UnmaskingJob:
-    threshold, sets = state.session.plan.graph.threshold, state.sets
-    revealed: dict[int, dict[int, bytes]] = {owner: {} for owner in sets.u2}
-    for holder in sorted(state.answers):
-        for share in state.answers[holder].shares:
-            if len(revealed[share.owner]) < threshold:
-                revealed[share.owner][holder + 1] = share.share
-    seeds = tuple(SelfSeedShares(v, state.dealings[v].message.seed_commitment, revealed[v]) for v in sorted(sets.u3))
-    secrets = tuple(
-        MaskSecretShares(
-            v,
-            state.advertised[v].mask_key,
-            revealed[v],
-            tuple((u, state.advertised[u].mask_key) for u in state.graph.neighbours(v) if u in sets.u3),
-        )
-        for v in sorted(sets.u2 - sets.u3)
-    )
-    return UnmaskingJob(state.session.id, seeds, secrets)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Rule it upholds: a round's federated evaluation is that of the model which the r
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,8 @@ def draw(
         plain_accuracies: On the test set, after each round of the plain repetition.
         masked_accuracy: On the test set, of the last masked model.
     """
+    # matplotlib keeps a cache of fonts where it keeps its settings: with the run, not in the user's home.
+    os.environ.setdefault("MPLCONFIGDIR", str(path.parent / "plot-cache"))
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
