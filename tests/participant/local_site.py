@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar
 
@@ -20,7 +20,6 @@ from tests.secagg.cohort import make_plan
 
 from maskwork.net.authority import Authority, IssuedIdentity
 from maskwork.net.identity import ParticipantVerifier, Role, fingerprint, to_der
-from maskwork.participant import training_calls
 from maskwork.participant.client import LinkDown, LinkUp, Said, TransferError
 from maskwork.participant.config import TaskConfig
 from maskwork.participant.driver import Driver, SiteIdentity
@@ -30,8 +29,8 @@ from maskwork.participant.training_calls import MaskRequest, MaskResult, TrainRe
 from maskwork.secagg import client, client_states, keys, masking, server
 from maskwork.secagg import server_states as core
 from maskwork.secagg.encoding import encode_statistics
-from maskwork.secagg.keys import Segment, SoftwareSigner
-from maskwork.secagg.messages import CoordinatorMessage, ParticipantMessage, Proposal, SessionClosed
+from maskwork.secagg.keys import SoftwareSigner
+from maskwork.secagg.messages import CoordinatorMessage, Proposal, SessionClosed
 from maskwork.secagg.plan import RosterEntry, RoundPlan, session_id
 from maskwork.secagg.ring import packed_size
 from maskwork.task import TrainingConfig
@@ -303,7 +302,7 @@ class Table:
 
     async def _coordinate(self, step: core.Step, until: type) -> None:
         self.state = step.state
-        if isinstance(step.state, until):
+        if isinstance(step.state, until) and until is not core.Completed:
             return
         for effect in step.effects:
             match effect:
@@ -351,6 +350,3 @@ class Table:
             model_digest=hashlib.sha256(self.model).digest(),
             rules=client_states.SiteRules(),
         )
-
-
-__all__ = ["CERTIFICATES", "NAMES", "NOW", "OWN", "Mapping", "ParticipantMessage", "Segment", "Table", "training_calls"]

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from tests.secagg.cohort import make_plan, session_seed, signer
 from tests.secagg.harness import Federation, Uplink
 
-from maskwork.secagg import client_states, keys, server
+from maskwork.secagg import client_states, keys, server, server_requests
 from maskwork.secagg.dealing import Dealer, HeldShares, deal, leaves
 from maskwork.secagg.errors import AbortReason, DealerEquivocated, DropReason
 from maskwork.secagg.keys import SecretKey, SessionSecrets, ShareKind
@@ -312,7 +312,7 @@ def test_a_coordinator_goes_on_from_what_it_persisted() -> None:
         assert isinstance(run.state, CollectingUnmask), "everyone is away, and is waited for"
         for index in (0, 1, 3, 4):
             run.reconnect(index)
-            assert run.history[-1][2].effects[0] == SendTo(index, server._request(saved, index))
+            assert run.history[-1][2].effects[0] == SendTo(index, server_requests.request(saved, index))
         run.run()
         assert run.survivors == {0, 1, 3, 4}
         run.assert_exact()
