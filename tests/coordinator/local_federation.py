@@ -233,7 +233,10 @@ def update_of(name: str) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
 
 
 def mean_update(names: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    return np.mean([update_of(name) for name in names], axis=0, dtype=np.float64)
+    mean: np.ndarray[tuple[int], np.dtype[np.float64]] = np.mean(
+        [update_of(n) for n in names], axis=0, dtype=np.float64
+    )
+    return mean
 
 
 def spec(**changes: object) -> JobSpec:

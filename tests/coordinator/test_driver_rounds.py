@@ -15,7 +15,6 @@ from tests.coordinator.local_federation import (
     SITES,
     LocalCoordinator,
     LocalSite,
-    Role,
     federation,
     mean_update,
 )
@@ -27,6 +26,7 @@ from maskwork.coordinator.records import AttemptOutcome, JobRecord, JobState
 from maskwork.coordinator.spool import UploadRefused
 from maskwork.errors import StoreError
 from maskwork.job import Cohort, Deadlines
+from maskwork.net.identity import Role
 from maskwork.secagg import keys
 from maskwork.secagg import server_states as core
 from maskwork.secagg.client_states import AdvertisedKeys

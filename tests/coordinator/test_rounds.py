@@ -12,7 +12,7 @@ from maskwork.job import JobSpec
 from maskwork.secagg.encoding import EncodingParameterError, Rotation
 from maskwork.secagg.errors import AbortReason, PlanError
 from maskwork.secagg.graph import GraphError, GraphKind
-from maskwork.secagg.plan import survivors_digest
+from maskwork.secagg.plan import RoundPlan, survivors_digest
 from maskwork.wire import codec
 
 NOW = 1000.0
@@ -174,15 +174,9 @@ def test_the_last_commit_ends_the_job() -> None:
 # --- plans ----------------------------------------------------------------------------------------------------------
 
 
-def plan_for(state: JobRun, members: int) -> object:
+def build(state: JobRun, members: int) -> RoundPlan:
     cohort = tuple(site(f"s{i:05}") for i in range(members))
     return rounds.build_plan(state, cohort, federation="ward", nonce=bytes(16), training_digest=b"t" * 32)
-
-
-def build(state: JobRun, members: int) -> rounds.RoundPlan:
-    plan = plan_for(state, members)
-    assert isinstance(plan, rounds.RoundPlan)
-    return plan
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class Gated(Task):
             raise LookupError("the data is gone")
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter += self._step
+                parameter.add_(self._step)
         return TrainingResult(10, {"loss": 0.5})
 
     def evaluate(self, model: nn.Module) -> EvaluationResult:

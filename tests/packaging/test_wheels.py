@@ -26,8 +26,10 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     building = {}
     for folder, name in DISTRIBUTIONS.items():
         shutil.copytree(ROOT / folder, home / folder, ignore=IGNORED)
-        command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", home / "dist", home / folder]
-        building[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir"]
+        building[name] = subprocess.Popen(
+            [*command, home / "dist", home / folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
     for name, process in building.items():
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0, f"{name}: {output}"
