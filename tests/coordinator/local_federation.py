@@ -18,7 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from maskwork import job_events as events
-from maskwork.coordinator import driver as driving
+from maskwork.coordinator import happenings
 from maskwork.coordinator.board import Subscription
 from maskwork.coordinator.driver import Driver, Federation
 from maskwork.coordinator.models import ModelStore
@@ -35,7 +35,7 @@ from maskwork.secagg.keys import Segment, SoftwareSigner
 from maskwork.secagg.messages import ParticipantMessage, SessionClosed
 from maskwork.secagg.plan import RoundPlan
 from maskwork.secagg.ring import packed_size
-from maskwork.tensors import Schema, TensorSpec, write_model
+from maskwork.tensors import Schema, TensorSpec, read_vector, write_model
 from maskwork.wire import codec
 from maskwork.wire.codec import OpenSession, UploadGrant, UploadReady
 from maskwork.wire.v1 import federation_pb2
@@ -101,7 +101,7 @@ class LocalSite:
     async def connect(self, driver: Driver, *, active: bool = False) -> LocalSite:
         self._driver = driver
         self.peer = Peer(self.site, self.der, self.session if active else b"")
-        await driver.post(driving.PeerConnected(self.peer))
+        await driver.post(happenings.PeerConnected(self.peer))
         self._pump = asyncio.create_task(self._run(self.peer))
         return self
 
@@ -110,7 +110,7 @@ class LocalSite:
         assert self.peer is not None
         assert self._pump is not None
         self._pump.cancel()
-        await self._driver.post(driving.PeerGone(self.peer))
+        await self._driver.post(happenings.PeerGone(self.peer))
 
     async def _run(self, peer: Peer) -> None:
         while (response := await peer.next_response()) is not None:
@@ -187,7 +187,7 @@ class LocalSite:
         self.said.append(message)
         decoded = codec.decode_request(codec.encode_request(self.session, message))
         assert not isinstance(decoded, codec.Hello)
-        await self._driver.post(driving.PeerSaid(self.peer, self.session, decoded))
+        await self._driver.post(happenings.PeerSaid(self.peer, self.session, decoded))
 
     async def upload(self, offsets: tuple[int, int] = (0, 0)) -> bool:
         """Stream as the service would; False: nothing is due from this site."""
@@ -197,11 +197,11 @@ class LocalSite:
             return False
         spool, member = place
         with spool.writing() as writer:
-            await self._driver.post(driving.UploadBegan(self.session, member))
+            await self._driver.post(happenings.UploadBegan(self.session, member))
             for segment, data, offset in zip(Segment, self._masked, offsets, strict=True):
                 if data[offset:]:
                     writer.write(segment, offset, data[offset:])
-        await self._driver.post(driving.UploadEnded(self.session, member))
+        await self._driver.post(happenings.UploadEnded(self.session, member))
         return True
 
     def _mask(self, mask_keys: masking.MaskingKeys) -> tuple[bytes, bytes]:
@@ -336,7 +336,7 @@ class LocalCoordinator:
     async def settled(self) -> None:
         """Everything that is queued has been handled."""
         done: asyncio.Future[JobRecord | None] = asyncio.get_running_loop().create_future()
-        await self.driver.post(driving.JobAborted("no such job", "nobody", done))
+        await self.driver.post(happenings.JobAborted("no such job", "nobody", done))
         async with asyncio.timeout(PATIENCE_S):
             await done
 
@@ -366,3 +366,20 @@ async def federation(
         yield coordinator, {name: LocalSite(name) for name in names}
     finally:
         await coordinator.crash()
+
+
+FOUR = Cohort(participants=SITES, min_participants=3, max_participants=4, wait_s=60)
+
+
+async def connect_all(coordinator: LocalCoordinator, sites: dict[str, LocalSite]) -> None:
+    for site in sites.values():
+        await site.connect(coordinator.driver)
+
+
+def model_of(coordinator: LocalCoordinator, digest: bytes) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    vector: np.ndarray[tuple[int], np.dtype[np.float32]] = read_vector(coordinator.models.path(digest))[1]
+    return vector
+
+
+def answered(event: events.JobEvent, stage: str, participant: str) -> bool:
+    return isinstance(event, events.Answered) and (event.stage, event.participant) == (stage, participant)

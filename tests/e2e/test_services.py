@@ -5,6 +5,7 @@ unstructured line on standard error, an exit code other than the one named. Noth
 """
 
 import asyncio
+import contextlib
 import signal
 import sqlite3
 import time
@@ -190,6 +191,29 @@ async def test_the_orderly_end_of_a_site_is_told_not_waited_for(world: World) ->
         details = await world.details(watch.job_id)
     assert [(d.participant, d.reason, d.detail) for d in details.drops] == [("site-d", "withdrew", "cancelled")]
     await world.start_site("site-d")
+
+
+async def test_the_coordinator_and_its_worker_hold_no_torch_after_all_these_rounds(world: World) -> None:
+    family = descendants(world.coordinator.process.pid)
+    assert len(family) >= 3  # itself, the fork server, the worker
+    for pid in family:
+        assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
+    trainers = descendants(world.sites["site-a"].process.pid)
+    assert any("libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in trainers)
+    assert "libtorch" not in Path(f"/proc/{trainers[0]}/maps").read_text()  # the agent itself stays small
+
+
+def descendants(pid: int) -> list[int]:
+    """A process, its children, and theirs."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            fields = stat.read_text().rpartition(")")[2].split()
+            parents[int(stat.parent.name)] = int(fields[1])
+    found = [pid]
+    for parent in found:
+        found += [child for child, of in parents.items() if of == parent]
+    return found
 
 
 async def test_everybody_ends_in_order_in_the_middle_of_a_round(world: World) -> None:
@@ -389,7 +413,7 @@ atexit.register(lambda: print("MODULES", *sorted(m.partition(".")[0] for m in sy
 
 
 async def test_no_process_of_the_coordinator_ever_imports_torch(world: World) -> None:
-    """Every command, and a whole round of the service with its worker and fork server."""
+    """Every command, and the service from its start to its end; for its worker see the test of its memory maps."""
     site = world.home / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(SHOW_MODULES)

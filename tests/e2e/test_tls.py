@@ -193,7 +193,8 @@ async def test_a_revoked_or_expired_member_is_refused_at_the_next_call(federatio
 
     server = grpc.aio.server(options=tls.SERVER_OPTIONS)
     handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {"Connect": UNARY(handle)}
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("maskwork.wire.v1.FederationService", handlers)])
+    service = grpc.method_handlers_generic_handler("maskwork.wire.v1.FederationService", handlers)
+    server.add_generic_rpc_handlers([service])
     port = server.add_secure_port("localhost:0", tls.server_credentials(federation.coordinator()))
     await server.start()
     try:

@@ -22,10 +22,11 @@ from maskwork.net.authority import Authority, IssuedIdentity
 from maskwork.net.identity import ParticipantVerifier, Role, fingerprint, to_der
 from maskwork.participant.client import LinkDown, LinkUp, Said, TransferError
 from maskwork.participant.config import TaskConfig
-from maskwork.participant.driver import Driver, SiteIdentity
+from maskwork.participant.driver import Driver
 from maskwork.participant.ledger import Ledger
 from maskwork.participant.policy import Policy
 from maskwork.participant.training_calls import MaskRequest, MaskResult, TrainRequest, TrainSummary
+from maskwork.participant.work import SiteIdentity
 from maskwork.secagg import client, client_states, keys, masking, server
 from maskwork.secagg import server_states as core
 from maskwork.secagg.encoding import encode_statistics

@@ -18,16 +18,29 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias, assert_never
+from typing import assert_never
 
 import structlog
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from maskwork import job_events as events
 from maskwork.coordinator import aggregation, rounds
 from maskwork.coordinator.aggregation import Convicted, Implausible, Release, Released
 from maskwork.coordinator.board import EventBoard
+from maskwork.coordinator.happenings import (
+    Crashed,
+    Happening,
+    JobAborted,
+    Look,
+    PeerConnected,
+    PeerGone,
+    PeerMisbehaved,
+    PeerSaid,
+    ReleaseDone,
+    SessionEvent,
+    UploadBegan,
+    UploadEnded,
+)
+from maskwork.coordinator.job_view import round_event, summary
 from maskwork.coordinator.models import ModelDamaged, ModelStore
 from maskwork.coordinator.peers import Peer
 from maskwork.coordinator.records import (
@@ -40,7 +53,7 @@ from maskwork.coordinator.records import (
 )
 from maskwork.coordinator.rounds import GiveUp, JobRun, OpenAttempt, PresentSite, Wait
 from maskwork.coordinator.runner import SessionRunner, Surroundings, Worker
-from maskwork.coordinator.session import ActiveSession, shape_of
+from maskwork.coordinator.session import ActiveSession, public_keys, shape_of
 from maskwork.coordinator.spool import Spool, UploadSlots
 from maskwork.coordinator.store import Store
 from maskwork.errors import StoreError
@@ -65,108 +78,6 @@ from maskwork.wire.codec import UploadReady
 log = structlog.get_logger("maskwork.coordinator")
 
 INBOX_LIMIT = 4096
-
-
-# --- what can happen ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class PeerConnected:
-    """A participant's control stream is open."""
-
-    peer: Peer
-
-
-@dataclass(frozen=True, slots=True)
-class PeerGone:
-    """A control stream ended."""
-
-    peer: Peer
-
-
-@dataclass(frozen=True, slots=True)
-class PeerSaid:
-    """A decoded message from a control stream."""
-
-    peer: Peer
-    session: bytes
-    message: ParticipantMessage | UploadReady
-
-
-@dataclass(frozen=True, slots=True)
-class PeerMisbehaved:
-    """A control stream carried something that is no message; the stream is being closed."""
-
-    peer: Peer
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class UploadBegan:
-    """A member with a grant has begun to stream."""
-
-    session: bytes
-    member: int
-
-
-@dataclass(frozen=True, slots=True)
-class UploadEnded:
-    """An upload stream ended: whole, or cut."""
-
-    session: bytes
-    member: int
-
-
-@dataclass(frozen=True, slots=True)
-class SessionEvent:
-    """Something for the protocol: a timer or the worker speaks."""
-
-    session: bytes
-    event: core.Event
-
-
-@dataclass(frozen=True, slots=True)
-class ReleaseDone:
-    """The worker finished unmasking."""
-
-    session: bytes
-    release: Release
-
-
-@dataclass(frozen=True, slots=True)
-class JobAborted:
-    """An operator or researcher ends a job."""
-
-    job_id: str
-    by: str
-    done: asyncio.Future[JobRecord | None] = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Crashed:
-    """Work beside the loop ended with an error that nobody expected: the loop ends with it."""
-
-    error: BaseException
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """Time to look whether an attempt can be opened or a job started."""
-
-
-Happening: TypeAlias = (
-    PeerConnected
-    | PeerGone
-    | PeerSaid
-    | PeerMisbehaved
-    | UploadBegan
-    | UploadEnded
-    | SessionEvent
-    | ReleaseDone
-    | JobAborted
-    | Crashed
-    | Look
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -478,7 +389,7 @@ class Driver:
             AttemptRecord(run.job_id, run.round_number, run.attempt, identifier, plan_bytes, signature, now)
         )
         certificates = tuple(self._peers[site.name].certificate for site in cohort)
-        started = server.begin(Proposal(plan_bytes, signature, plan), _public_keys(certificates))
+        started = server.begin(Proposal(plan_bytes, signature, plan), public_keys(certificates))
         session = self._new_session(run.job_id, started.state, certificates, config=config, model_size=model_size)
         try:
             session.folder.mkdir(parents=True)
@@ -668,7 +579,7 @@ class Driver:
         proposal = Proposal(transcript.plan_bytes, transcript.plan_signature, plan)
         state = server.restore(
             proposal,
-            _public_keys(transcript.certificates),
+            public_keys(transcript.certificates),
             advertised=transcript.advertised,
             dealings=transcript.dealings,
             u3=transcript.u3,
@@ -683,48 +594,3 @@ class Driver:
         step = server.resume(state)
         session.state = step.state
         await runner.perform(step)
-
-
-def summary(record: JobRecord, *, at: float) -> events.JobSummary:
-    """A job's record as watchers and lists see it."""
-    return events.JobSummary(
-        job_id=record.job_id,
-        at=at,
-        name=record.name,
-        task=record.task,
-        state=record.state.value,
-        rounds_total=record.rounds_total,
-        rounds_committed=record.next_round - 1,
-        reason=record.reason,
-        submitted_by=record.submitted_by,
-        submitted_at=record.submitted_at,
-        model_digest=record.current_model,
-    )
-
-
-def round_event(committed: CommittedRound, *, seconds: float) -> events.RoundCommitted:
-    """A committed round as watchers see it."""
-    return events.RoundCommitted(
-        job_id=committed.job_id,
-        at=committed.committed_at,
-        round_number=committed.round_number,
-        attempt=committed.attempt,
-        survivors=committed.survivors,
-        dropouts=committed.dropouts,
-        statistics=dict(committed.statistics),
-        stage_seconds=dict(committed.stage_seconds),
-        seconds=seconds,
-        uplink_bytes=committed.uplink_bytes,
-        model_digest=committed.model,
-        committed_at=committed.committed_at,
-    )
-
-
-def _public_keys(certificates: tuple[bytes, ...]) -> tuple[ec.EllipticCurvePublicKey, ...]:
-    """The keys of certificates that were verified when their holders connected."""
-    public_keys = []
-    for der in certificates:
-        key = x509.load_der_x509_certificate(der).public_key()
-        assert isinstance(key, ec.EllipticCurvePublicKey)
-        public_keys.append(key)
-    return tuple(public_keys)

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable
 from pathlib import Path
 
 from maskwork.coordinator.board import EventBoard
-from maskwork.coordinator.driver import round_event, summary
+from maskwork.coordinator.job_view import round_event, summary
 from maskwork.coordinator.models import ModelStore, ModelTooLarge
 from maskwork.coordinator.records import FIRST_ATTEMPT, FIRST_ROUND, JobRecord, JobState
 from maskwork.coordinator.store import Store

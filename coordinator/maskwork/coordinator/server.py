@@ -118,6 +118,7 @@ def _bind(server: grpc.aio.Server, listen: str, files: IdentityFiles) -> str:
         port = server.add_secure_port(listen, server_credentials(files))
     except RuntimeError as error:
         raise UserError(
-            f"cannot listen on {listen}: {str(error).rstrip('.')}. Is another coordinator running there? Change `listen` or stop it."
+            f"cannot listen on {listen}: {str(error).rstrip('.')}. Is another coordinator running there? "
+            "Change `listen` or stop it."
         ) from error
     return f"{host}:{port}"

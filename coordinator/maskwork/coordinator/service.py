@@ -10,8 +10,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from maskwork.coordinator.driver import (
-    Driver,
+from maskwork.coordinator.driver import Driver
+from maskwork.coordinator.guard import caller
+from maskwork.coordinator.happenings import (
     JobAborted,
     Look,
     PeerConnected,
@@ -21,8 +22,7 @@ from maskwork.coordinator.driver import (
     UploadBegan,
     UploadEnded,
 )
-from maskwork.coordinator.driver import summary as summary_of
-from maskwork.coordinator.guard import caller
+from maskwork.coordinator.job_view import summary as summary_of
 from maskwork.coordinator.jobs import JobDesk
 from maskwork.coordinator.peers import Peer
 from maskwork.coordinator.rounds import PresentSite

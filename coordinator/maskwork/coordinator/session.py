@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
 from maskwork.coordinator.aggregation import SessionShape
 from maskwork.coordinator.spool import Spool, UploadSlots
 from maskwork.secagg.errors import DropReason
@@ -161,6 +164,16 @@ class ActiveSession:
 def shape_of(plan: RoundPlan) -> SessionShape:
     """Lengths of a plan's vectors."""
     return SessionShape(plan.parameters, plan.encoding.ring_bits, len(plan.statistics))
+
+
+def public_keys(certificates: tuple[bytes, ...]) -> tuple[ec.EllipticCurvePublicKey, ...]:
+    """The keys of certificates that were verified when their holders connected."""
+    found = []
+    for der in certificates:
+        key = x509.load_der_x509_certificate(der).public_key()
+        assert isinstance(key, ec.EllipticCurvePublicKey)
+        found.append(key)
+    return tuple(found)
 
 
 def deadline_s(plan: RoundPlan, stage: Stage) -> float:

@@ -16,9 +16,10 @@ from maskwork.net.diagnosis import check_own_files, load_private_key
 from maskwork.net.identity import IdentityFiles, ParticipantVerifier, Role, TrustRoots
 from maskwork.participant.client import CoordinatorLink
 from maskwork.participant.config import ParticipantConfig
-from maskwork.participant.driver import Driver, SiteIdentity
+from maskwork.participant.driver import Driver
 from maskwork.participant.ledger import Ledger
 from maskwork.participant.policy import Policy, read_policy
+from maskwork.participant.work import SiteIdentity
 from maskwork.secagg.keys import SoftwareSigner
 
 log = structlog.get_logger("maskwork.participant")
