@@ -14,7 +14,10 @@ def main() -> None:
     """Keep the comment at the top, replace every pin below it."""
     comment = [line for line in LOCK.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     frozen = subprocess.run(
-        [sys.executable, "-m", "pip", "freeze", "--all", "--exclude-editable"], check=True, capture_output=True, text=True
+        [sys.executable, "-m", "pip", "freeze", "--all", "--exclude-editable"],
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout.splitlines()
     pins = sorted((re.sub(r"\+\w+$", "", line) for line in frozen if "==" in line), key=str.lower)
     LOCK.write_text("\n".join([*comment, *pins]) + "\n", encoding="utf-8")

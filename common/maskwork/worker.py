@@ -276,10 +276,9 @@ def _serve(pipe: "Connection[object, object]") -> None:
     threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
     while True:
         try:
-            request = pipe.recv_bytes()
+            pipe.send_bytes(_answer(pipe.recv_bytes()))
         except (EOFError, OSError):
-            return
-        pipe.send_bytes(_answer(request))
+            return  # nobody is left to answer to
 
 
 def _end_with_parent() -> None:

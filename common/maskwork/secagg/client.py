@@ -23,6 +23,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import assert_never
 
+from cryptography.hazmat.primitives.asymmetric import ec
+
 from maskwork.secagg import graph as graphs
 from maskwork.secagg import keys
 from maskwork.secagg.client_states import (
@@ -92,8 +94,7 @@ def begin(proposal: Proposal, *, site: Site, rand: bytes) -> Step:
     """
     plan = proposal.plan
     session = session_id(proposal.plan_bytes)
-    signed = keys.signed_message("plan", session=session, sender=keys.COORDINATOR_INDEX, fields=b"")
-    if not keys.verify_signature(site.coordinator_key, proposal.signature, signed):
+    if not is_signed_by(proposal, site.coordinator_key):
         raise PlanRefused(DeclineCode.BAD_PLAN, "the plan's signature is not the coordinator's")
     index = plan.index_of(site.name, site.fingerprint)
     if index is None:
@@ -119,6 +120,13 @@ def begin(proposal: Proposal, *, site: Site, rand: bytes) -> Step:
     state = AdvertisedKeys(Session(session, plan, index, site), secrets, keys.dealing_stream_key(rand), sent)
     record = RecordAttempt(session, proposal.plan_bytes, proposal.signature)
     return Step(state, (record, StartTraining(), Send(sent)))
+
+
+def is_signed_by(proposal: Proposal, coordinator_key: ec.EllipticCurvePublicKey) -> bool:
+    """Whether the plan's signature was made with this key, over the session id of the plan's bytes as received."""
+    session = session_id(proposal.plan_bytes)
+    signed = keys.signed_message("plan", session=session, sender=keys.COORDINATOR_INDEX, fields=b"")
+    return keys.verify_signature(coordinator_key, proposal.signature, signed)
 
 
 def step(state: State, event: Event, *, now: float) -> Step:
