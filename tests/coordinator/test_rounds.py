@@ -263,3 +263,28 @@ def test_a_job_that_cannot_be_planned_is_refused_with_an_error_that_the_driver_k
     assert cohort is None or isinstance(cohort, dict)
     with pytest.raises(error):
         build(run(cohort, **changes), members)
+
+
+# --- after unmasking was asked for ------------------------------------------------------------------------------------
+
+
+def test_on_a_model_that_was_answered_on_only_the_same_survivors_are_asked() -> None:
+    state = rounds.repeat_only(run({"wait_s": 60}), ("a", "b", "c"))
+    _, decision = decide(state, "a", "b", "d", "e")
+    assert isinstance(decision, Wait)
+    assert decision.until is None
+    assert "answer only for the same survivors (a, b, c). Missing: c." in decision.why
+    _, decision = decide(state, "a", "b", "c", "d")
+    assert isinstance(decision, OpenAttempt)
+    assert [site.name for site in decision.cohort] == ["a", "b", "c"]
+
+
+def test_the_next_model_is_free_again() -> None:
+    state = rounds.after_commit(rounds.repeat_only(run(), ("a", "b", "c")), model=bytes(32), survivors=("a", "b", "c"))
+    assert state is not None
+    assert state.only == frozenset()
+
+
+def test_a_cohort_with_a_convicted_dealer_is_not_waited_for() -> None:
+    state = rounds.after_abort(run(), reason=AbortReason.DEALER_EQUIVOCATED, excluded={}, barred={"c": "lied"}, now=0.0)
+    assert rounds.repeat_only(state, ("a", "b", "c")).only == frozenset()

@@ -250,7 +250,9 @@ class World:
 
     def site_config(self, site: str, **changes: str) -> Path:
         self.identity(Role.PARTICIPANT, site)
-        keys = {"coordinator": self.address, "identity": f"participant-{site}", "state": f"state-{site}", **changes}
+        (self.home / "policy.toml").write_text("min_weight_cap = 1\n")  # these sites have ten examples each
+        keys = {"coordinator": self.address, "identity": f"participant-{site}", "state": f"state-{site}"}
+        keys |= {"policy": "policy.toml", **changes}
         options = {"gate": str(self.gate.path), "site": site, "step": 0.25 * (1 + SITES.index(site))}
         path = self.home / f"{site}-{len(self.all)}.toml"
         path.write_text(

@@ -149,7 +149,7 @@ class FakeLink:
             read = codec.decode_request(federation_pb2.ConnectRequest.FromString(request.SerializeToString()))
             self.sent.append((session, read))
 
-    async def download(self, digest: bytes, size: int, path: Path) -> None:
+    async def download(self, digest: bytes, size: int, path: Path) -> bytes:
         if self.held_downloads:
             await self.go.wait()
         if self.broken_downloads:
@@ -158,6 +158,7 @@ class FakeLink:
         if digest not in self.blobs:
             raise TransferError("nothing of that digest")
         path.write_bytes(self.blobs[digest])
+        return hashlib.sha256(self.blobs[digest]).digest()
 
     async def upload(self, session: bytes, update: BinaryIO, statistics: bytes, offsets: tuple[int, int]) -> int:
         whole = update.read()
@@ -189,7 +190,7 @@ class Table:
                 ParticipantVerifier(AUTHORITY.roots, "test"),
             ),
             ledger=self.ledger,
-            policy=policy or Policy(),
+            policy=policy or Policy(min_weight_cap=1),
             tasks={"digits": TaskConfig(use="m:T")},
             seed=1,
             scratch=folder / "scratch",

@@ -76,7 +76,7 @@ async def test_a_second_session_uses_the_same_worker(table: Table) -> None:
 
 
 async def test_a_declined_plan_is_told_and_recorded(tmp_path: Path) -> None:
-    table = await Table(tmp_path / "site", Policy(min_cohort=5)).start()
+    table = await Table(tmp_path / "site", Policy(min_weight_cap=1, min_cohort=5)).start()
     try:
         session = await table.propose(table.offer())
         assert table.answers(session, Decline) == [Decline(DeclineCode.COHORT_TOO_SMALL, "cohort 4 < 5")]

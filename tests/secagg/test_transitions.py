@@ -96,8 +96,7 @@ def test_an_illegal_event_of_the_participant_raises_and_leaves_the_state_as_it_w
 @pytest.mark.parametrize(
     ("kind", "event"),
     [(kind, event) for kind in SERVER_STATES[:-1] for event in (server_states.MasksRemoved(),)]
-    + [(kind, event) for kind in SERVER_STATES[:-1] for event in (server_states.DealerConvicted(0, ""),)]
-    + [(server_states.RemovingMasks, server_states.UploadCompleted(0))],
+    + [(kind, event) for kind in SERVER_STATES[:-1] for event in (server_states.DealerConvicted(0, ""),)],
 )
 def test_an_illegal_event_of_the_coordinator_raises_and_leaves_the_state_as_it_was(
     kind: type, event: server_states.Event

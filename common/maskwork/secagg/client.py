@@ -108,6 +108,7 @@ def begin(proposal: Proposal, *, site: Site, rand: bytes) -> Step:
             DeclineCode.STALE_ATTEMPT,
             f"round {plan.round_number}, attempt {plan.attempt} is not above the highest seen ({seen})",
         )
+    check_same_model_roster(frozenset(entry.participant for entry in plan.roster), rules)
     if (plan.revocation_number, plan.revocation_digest) != (rules.revocation_number, rules.revocation_digest):
         raise PlanRefused(
             DeclineCode.REVOCATION,
@@ -406,6 +407,26 @@ def _sign_sets(state: Uploading, sets: SurvivorSets) -> Step:
     message = ConsistencyCheck.signed_bytes(sets, plan.cohort, session=session.id, sender=session.index)
     sent = ConsistencyCheck(session.site.signer.sign(message))
     return Step(SignedSets(session, state.graph, sets, state.peers, state.held, sent), (Send(sent),))
+
+
+def check_same_model_roster(roster: frozenset[str], rules: SiteRules) -> None:
+    """Refuse a cohort from which a survivor set could come that this site will not sign on a model it has answered on.
+
+    Refusing to sign is not enough: a site that has uploaded is in the sum, and others may sign for it. So a site that
+    has answered for a set on this model takes part again only if nobody but that set is asked.
+
+    Raises:
+        PlanRefused: SAME_MODEL.
+    """
+    for earlier in rules.released:
+        difference = len(roster ^ earlier)
+        too_close = rules.min_survivor_difference is None or difference < rules.min_survivor_difference
+        if difference and too_close:
+            raise PlanRefused(
+                DeclineCode.SAME_MODEL,
+                f"on this model a sum over {len(earlier)} sites was released; only a cohort of exactly those can "
+                "repeat it; for another cohort begin from another model (maskwork model init --seed)",
+            )
 
 
 def check_same_model(survivors: frozenset[str], rules: SiteRules) -> None:

@@ -250,6 +250,7 @@ def _check_graph(plan: RoundPlan) -> None:
         _require(
             0 < g.corrupt_permille < 500 and 0 < g.dropout_permille < 500, "corrupt/dropout fractions out of range"
         )
+        _require(plan.cohort * g.corrupt_permille >= 1000, "corrupt_permille admits not even one corrupt member")
         holders = g.degree
     _require(g.colluders >= 0, "colluders is negative")
     try:

@@ -276,7 +276,7 @@ def _removing(state: RemovingMasks, event: Event) -> Step:
                 blamed=frozenset({dealer}),
                 evidence=(evidence,),
             )
-        case Received() | Disconnected() | Reconnected() | Lost() | DeadlinePassed():
+        case Received() | UploadCompleted() | Disconnected() | Reconnected() | Lost() | DeadlinePassed():
             return Step(state)  # everything needed is here; who comes or goes no longer matters
         case _:
             raise IllegalEvent(f"{type(event).__name__} in state {type(state).__name__}")

@@ -313,7 +313,7 @@ class Driver:
         except (ModelDamaged, ModelFileError, ValueError) as error:
             self._end_job(record.job_id, JobState.FAILED, str(error))
             return None
-        return JobRun(
+        run = JobRun(
             record.job_id,
             spec,
             record.next_round,
@@ -322,6 +322,7 @@ class Driver:
             schema.size,
             self._store.last_survivors(record.job_id),
         )
+        return rounds.repeat_only(run, self._answered_on(record.job_id, record.current_model))
 
     def _end_job(self, job_id: str, state: JobState, reason: str) -> None:
         self._store.set_job_state(job_id, state, reason)
@@ -494,8 +495,14 @@ class Driver:
                 barred={} if disputed else blamed,
                 now=now,
             )
+            self._run = rounds.repeat_only(self._run, self._answered_on(session.job_id, p.model_digest))
         runner.forget()
         self._runner = None
+
+    def _answered_on(self, job_id: str, model: bytes) -> tuple[str, ...]:
+        """The survivors whose unmasking was asked for on a model; none if it never was."""
+        sets = [released.survivors for released in self._store.releases(job_id) if released.base_model == model]
+        return sets[-1] if sets else ()
 
     # --- participants ----------------------------------------------------------------------------------
 

@@ -59,6 +59,7 @@ class JobRun:
         failures: attempts at this round that came to nothing.
         not_before: time before which no attempt is opened (seconds since the epoch).
         ready_since: since when the minimum cohort has been there.
+        only: when unmasking was asked for on this model: the survivors, the one cohort that sites answer for again.
         settled: the sites that the last attempt was opened with; while they are all there, nobody else is waited for.
     """
 
@@ -74,6 +75,7 @@ class JobRun:
     failures: int = 0
     not_before: float = 0.0
     ready_since: float | None = None
+    only: frozenset[str] = frozenset()
     settled: frozenset[str] = frozenset()
     last_abort: str = ""
 
@@ -119,6 +121,11 @@ def decide(run: JobRun, present: Collection[PresentSite], *, now: float, rand: b
         )
     usable = _usable(run, present)
     cohort = run.spec.cohort
+    if run.only:
+        usable = [site for site in usable if site.name in run.only]
+        missing = run.only - {site.name for site in usable}
+        if missing:
+            return replace(run, ready_since=None), Wait(_only_these(run, missing), None)
     if len(usable) < cohort.min_participants:
         return replace(run, ready_since=None), Wait(_shortage(run, present, usable), None)
     since = now if run.ready_since is None else run.ready_since
@@ -127,7 +134,7 @@ def decide(run: JobRun, present: Collection[PresentSite], *, now: float, rand: b
         return waiting, Wait(f"retrying round {run.round_number} after {run.last_abort}", run.not_before)
     names = {s.name for s in usable}
     settled = run.settled - run.excluded.keys() - run.barred.keys()
-    complete = names == set(cohort.participants) or (bool(settled) and settled <= names)
+    complete = names in (set(cohort.participants), run.only) or (bool(settled) and settled <= names)
     if not complete and len(usable) < cohort.max_participants and now < since + cohort.wait_s:
         return waiting, Wait(f"{len(usable)} sites are ready; waiting for more", since + cohort.wait_s)
     chosen = sorted(usable, key=lambda s: hashlib.sha256(rand + s.name.encode()).digest())[: cohort.max_participants]
@@ -162,11 +169,22 @@ def after_commit(run: JobRun, *, model: bytes, survivors: tuple[str, ...]) -> Jo
         attempt=1,
         model=model,
         previous_survivors=survivors,
+        only=frozenset(),
         failures=0,
         not_before=0.0,
         ready_since=None,
         last_abort="",
     )
+
+
+def repeat_only(run: JobRun, survivors: Collection[str]) -> JobRun:
+    """The job when unmasking was asked for on its model with these survivors (none: never) and came to nothing.
+
+    Sites answer again for that cohort alone. If a convicted dealer was among them that cohort is not to be had: then
+    the others are asked, and each site's policy decides.
+    """
+    only = frozenset(survivors)
+    return replace(run, only=frozenset() if only & run.barred.keys() else only)
 
 
 def exclude(run: JobRun, sites: Mapping[str, str]) -> JobRun:
@@ -253,6 +271,14 @@ def _shortage(run: JobRun, present: Collection[PresentSite], usable: list[Presen
     if missing:
         parts.append(f"not connected: {', '.join(missing)}")
     return "; ".join(parts)
+
+
+def _only_these(run: JobRun, missing: Collection[str]) -> str:
+    return (
+        f"round {run.round_number}: unmasking was asked for and came to nothing; on the same model sites answer only for "
+        f"the same survivors ({', '.join(sorted(run.only))}). Missing: {', '.join(sorted(missing))}. Bring them back, or "
+        "abort the job and submit another that begins from a model of another round"
+    )
 
 
 def _graph(spec: JobSpec, members: int) -> GraphPlan:

@@ -122,8 +122,8 @@ class CoordinatorLink:
                 async with asyncio.timeout(HANG_UP_S):
                     await self._down.wait()
 
-    async def download(self, digest: bytes, size: int, path: Path) -> None:
-        """Fetch something content-addressed into `path`, going on where an earlier try stopped.
+    async def download(self, digest: bytes, size: int, path: Path) -> bytes:
+        """Fetch something content-addressed into `path`, going on where an earlier try stopped; returns its SHA-256.
 
         Raises:
             TransferError: it broke, is longer than announced, or has another digest (then `path` is removed).
@@ -140,9 +140,11 @@ class CoordinatorLink:
                     offset += len(chunk.data)
             except grpc.aio.AioRpcError as error:
                 raise TransferError(f"a download broke at {offset} of {size} bytes: {error.details()}") from error
-        if offset != size or await asyncio.to_thread(_digest, path) != digest:
+        found = await asyncio.to_thread(_digest, path)
+        if offset != size or found != digest:
             path.unlink()
             raise TransferError("what was downloaded is not what the plan names")
+        return found
 
     async def upload(self, session: bytes, update: BinaryIO, statistics: bytes, offsets: tuple[int, int]) -> int:
         """Stream both segments from their offsets; returns how many bytes the coordinator holds.

@@ -144,8 +144,8 @@ class Driver:
                 self._masked(happening)
             case Uploaded():
                 self._uploaded(happening)
-            case Failed(session, reason, detail):
-                if self._current(session):
+            case Failed(work, reason, detail):
+                if work is self._work:
                     self._fail(reason, detail)
             case _:
                 assert_never(happening)
@@ -197,8 +197,10 @@ class Driver:
         if self._current(session) is not None:
             self._step(offer.proposal)  # asked again after a broken connection: the core repeats its answer
             return
-        if self._work is not None:  # the coordinator has given up the session before; so do we
-            self._abandon()
+        if self._coordinator is None or not protocol.is_signed_by(offer.proposal, self._coordinator.public_key):
+            log.error("an offer that the coordinator did not sign")
+            self._send(session, Decline(DeclineCode.BAD_PLAN, "the plan's signature is not the coordinator's"))
+            return
         highest = self._ledger.highest_attempt(self._identity.federation, plan.job)
         try:
             config = check_offer(
@@ -211,6 +213,8 @@ class Driver:
         except PlanRefused as refused:
             self._decline(session, offer.proposal, refused)
             return
+        if self._work is not None:  # the coordinator has given up the session before; so do we
+            self._abandon()
         folder = self._scratch / session.hex()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         work = self._work = Work(session, offer, config, folder)
@@ -221,8 +225,6 @@ class Driver:
         plan = proposal.plan
         log.warning("plan declined", job=plan.job, round=plan.round_number, code=refused.code, detail=refused.detail)
         self._send(session, Decline(refused.code, refused.detail[:500]))
-        if refused.code is DeclineCode.BAD_PLAN:
-            return  # its signature is not known to be the coordinator's: it proves nothing
         self._ledger.record_refused_plan(
             SignedPlan(
                 plan.federation,
@@ -242,7 +244,7 @@ class Driver:
         offer, bundle = work.offer, work.folder / "certificates"
         for attempt in range(DOWNLOAD_TRIES):
             try:
-                await self.link.download(work.plan.model_digest, offer.model_size, work.model)
+                model_digest = await self.link.download(work.plan.model_digest, offer.model_size, work.model)
                 await self.link.download(offer.certificates_digest, offer.certificates_size, bundle)
                 break
             except TransferError as error:
@@ -251,11 +253,11 @@ class Driver:
                 log.warning("download interrupted", detail=str(error))
                 await asyncio.sleep(DOWNLOAD_PAUSE_S * 2**attempt)
         certificates = codec.decode_certificates(bundle.read_bytes(), offer.certificates_digest, work.plan.cohort)
-        await self.inbox.put(Fetched(work.id, certificates))
+        await self.inbox.put(Fetched(work, model_digest, certificates))
 
     def _fetched(self, fetched: Fetched) -> None:
-        work = self._current(fetched.session)
-        if work is None or self._coordinator is None:
+        work = fetched.work
+        if work is not self._work or self._coordinator is None:
             return
         plan, identity = work.plan, self._identity
         site = core.Site(
@@ -265,7 +267,7 @@ class Driver:
             verifier=identity.verifier,
             certificates=dict(enumerate(fetched.certificates)),
             coordinator_key=self._coordinator.public_key,
-            model_digest=plan.model_digest,  # `download` compared the file's digest with the plan's
+            model_digest=fetched.model_digest,
             rules=core.SiteRules(
                 min_survivors=self._policy.min_survivors,
                 min_survivor_difference=self._policy.min_survivor_difference,
@@ -378,7 +380,7 @@ class Driver:
                 await job
             except Exception as error:  # a site's own code may raise anything; the session must hear of it
                 detail = str(error) or type(error).__name__
-                await self.inbox.put(Failed(work.id, reason, detail))
+                await self.inbox.put(Failed(work, reason, detail))
 
         task = asyncio.get_running_loop().create_task(guarded())
         work.tasks.add(task)
@@ -389,11 +391,11 @@ class Driver:
         seed = training_seed(self._seed, job=plan.job, round_number=plan.round_number, participant=self._identity.name)
         request = TrainRequest(work.id, work.model, plan.parameters, work.config, seed)
         summary = await self._workers[plan.task].call(training_calls.train, request)
-        await self.inbox.put(Trained(work.id, summary))
+        await self.inbox.put(Trained(work, summary))
 
     def _trained(self, trained: Trained) -> None:
-        work = self._current(trained.session)
-        if work is None:
+        work = trained.work
+        if work is not self._work:
             return
         work.trained = True
         log.info("trained", seconds=round(trained.summary.seconds, 3), round=work.plan.round_number)
@@ -414,11 +416,11 @@ class Driver:
             output=work.folder / "update",
         )
         result = await self._workers[work.plan.task].call(training_calls.mask, request)
-        await self.inbox.put(Masked(work.id, result))
+        await self.inbox.put(Masked(work, result))
 
     def _masked(self, masked: Masked) -> None:
-        work = self._current(masked.session)
-        if work is None:
+        work = masked.work
+        if work is not self._work:
             return
         path = work.folder / "update"
         work.update, work.statistics = path.open("rb", buffering=0), masked.result.statistics
@@ -447,11 +449,11 @@ class Driver:
             received = None
             work.interrupted += 1
             await asyncio.sleep(min(UPLOAD_PAUSE_S * 2**work.interrupted, LONGEST_UPLOAD_PAUSE_S))
-        await self.inbox.put(Uploaded(work.id, received))
+        await self.inbox.put(Uploaded(work, received))
 
     def _uploaded(self, uploaded: Uploaded) -> None:
-        work = self._current(uploaded.session)
-        if work is None:
+        work = uploaded.work
+        if work is not self._work:
             return
         work.uploading = False
         if uploaded.received is None:

@@ -46,6 +46,10 @@ class Policy(Section):
         max_value_bits: finest encoding accepted.
         max_clip_norm: largest clip norm.
         max_weight: most examples that this site may count for.
+        min_weight_cap: smallest weight cap accepted. A site refuses to upload when it has more examples than the cap,
+            and refusing shows that it has; so let this be above what this site will ever have.
+        min_corrupt_permille: on the sparse graph, the least fraction of corrupt members, in thousandths, that a plan's
+            search must have assumed.
         max_model_bytes: largest model that is downloaded.
     """
 
@@ -60,6 +64,8 @@ class Policy(Section):
     max_value_bits: int = Field(default=32, ge=2, le=32)
     max_clip_norm: float = Field(default=1e9, gt=0)
     max_weight: int = Field(default=2**31 - 1, ge=1)
+    min_weight_cap: int = Field(default=10_000, ge=1)
+    min_corrupt_permille: int = Field(default=50, ge=1, lt=500)
     max_model_bytes: int = Field(default=16 << 30, ge=1)
 
     def decide(self, plan: RoundPlan) -> tuple[Refusal, ...]:
@@ -75,11 +81,21 @@ class Policy(Section):
             yield Refusal(DeclineCode.TOO_FEW_SURVIVORS, f"cohort {plan.cohort} < survivors {self.min_survivors}")
         if plan.graph.colluders < self.min_colluders:
             yield Refusal(DeclineCode.COLLUDERS, f"tolerated colluders {plan.graph.colluders} < {self.min_colluders}")
-        if plan.graph.kind is GraphKind.SPARSE and not self.sparse_graph:
-            yield Refusal(DeclineCode.GRAPH, "the sparse graph is not allowed here")
+        if plan.graph.kind is GraphKind.SPARSE:
+            yield from self._sparse_refusals(plan)
         if plan.rounds_total > self.max_rounds:
             yield Refusal(DeclineCode.POLICY, f"rounds {plan.rounds_total} > {self.max_rounds}")
         yield from self._encoding_refusals(plan)
+
+    def _sparse_refusals(self, plan: RoundPlan) -> Iterator[Refusal]:
+        if not self.sparse_graph:
+            yield Refusal(DeclineCode.GRAPH, "the sparse graph is not allowed here")
+        if plan.graph.corrupt_permille < self.min_corrupt_permille:
+            assumed = f"corrupt members assumed {plan.graph.corrupt_permille} < {self.min_corrupt_permille} per mille"
+            yield Refusal(DeclineCode.GRAPH, assumed)
+        if plan.graph.degree + 1 < self.min_survivors:  # a site verifies its neighbours and itself, nobody else
+            seen = f"{plan.graph.degree + 1} members seen here < survivors {self.min_survivors}"
+            yield Refusal(DeclineCode.TOO_FEW_SURVIVORS, seen)
 
     def _encoding_refusals(self, plan: RoundPlan) -> Iterator[Refusal]:
         encoding = plan.encoding
@@ -88,6 +104,8 @@ class Policy(Section):
             yield Refusal(DeclineCode.ENCODING, f"value bits {encoding.value_bits} not within {allowed}")
         if encoding.clip_norm > self.max_clip_norm:
             yield Refusal(DeclineCode.ENCODING, f"clip norm {encoding.clip_norm:g} > {self.max_clip_norm:g}")
+        if encoding.weight_cap < self.min_weight_cap:
+            yield Refusal(DeclineCode.ENCODING, f"weight cap {encoding.weight_cap} < {self.min_weight_cap}")
         if encoding.weight_cap > self.max_weight:
             yield Refusal(DeclineCode.ENCODING, f"weight cap {encoding.weight_cap} > {self.max_weight}")
 

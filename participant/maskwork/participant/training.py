@@ -322,7 +322,11 @@ def _masked_statistics(summary: TrainSummary, request: MaskRequest) -> bytes:
         )
     except ValueError as error:
         raise TrainingError(str(error)) from None
-    encoded = encode_statistics(values, [spec.bound for spec in request.statistics], names)
+    bounds = [spec.bound for spec in request.statistics]
+    # Clamped, not refused: the bounds are the coordinator's, and a refusal would tell it on which side a value lies.
+    # The count of examples alone is not clamped: it is the weight of the update, and `mask_update` refuses it.
+    within = [values[0], *(min(max(v, -bound), bound) for v, bound in zip(values[1:], bounds[1:], strict=True))]
+    encoded = encode_statistics(within, bounds, names)
     return mask_statistics(encoded, request.keys.statistics)
 
 

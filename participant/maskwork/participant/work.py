@@ -32,7 +32,8 @@ from maskwork.worker import WorkerProcess
 class Fetched:
     """The model and the certificates of an offer are here."""
 
-    session: bytes
+    work: Work
+    model_digest: bytes
     certificates: tuple[bytes, ...] = field(repr=False)
 
 
@@ -40,7 +41,7 @@ class Fetched:
 class Trained:
     """Local training ended well."""
 
-    session: bytes
+    work: Work
     summary: TrainSummary = field(repr=False)
 
 
@@ -48,7 +49,7 @@ class Trained:
 class Masked:
     """The masked update is in its file."""
 
-    session: bytes
+    work: Work
     result: MaskResult = field(repr=False)
 
 
@@ -56,7 +57,7 @@ class Masked:
 class Uploaded:
     """The coordinator holds this many bytes of the upload; the stream ended, or broke (None)."""
 
-    session: bytes
+    work: Work
     received: int | None
 
 
@@ -64,7 +65,7 @@ class Uploaded:
 class Failed:
     """Something that a session needed went wrong at this site."""
 
-    session: bytes
+    work: Work
     reason: AbortReason
     detail: str
 
@@ -119,8 +120,8 @@ class Link(Protocol):
         """Send a message if connected."""
         ...
 
-    async def download(self, digest: bytes, size: int, path: Path) -> None:
-        """Fetch something content-addressed into `path`; raises TransferError."""
+    async def download(self, digest: bytes, size: int, path: Path) -> bytes:
+        """Fetch something content-addressed into `path`; returns its digest; raises TransferError."""
         ...
 
     async def upload(self, session: bytes, update: BinaryIO, statistics: bytes, offsets: tuple[int, int]) -> int:

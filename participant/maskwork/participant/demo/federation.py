@@ -34,7 +34,7 @@ FEWEST_ROUNDS: Final = 4
 """Two faults in two rounds, and a round after each in which the victim is back."""
 
 TRAINING: Final = TrainingConfig(epochs=5, batch_size=16, learning_rate=0.02, momentum=0.9)
-ENCODING: Final = EncodingSpec(clip_norm=5.0, weight_cap=2000)  # all digits are 1,797, so no site counts for more
+ENCODING: Final = EncodingSpec(clip_norm=5.0, weight_cap=10_000)  # all digits are 1,797, so no site counts for more
 # A killed site is given up after half a second, so its round goes on without it; the next round waits for the site to
 # be back, which takes it a few seconds (it loads torch again).
 DEADLINES: Final = Deadlines(
