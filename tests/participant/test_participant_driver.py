@@ -99,6 +99,24 @@ async def test_a_plan_that_the_coordinator_did_not_sign_is_declined_and_is_no_ev
     assert scratch(table) == []
 
 
+async def test_an_unsigned_plan_is_no_evidence_whatever_else_is_wrong_with_it(tmp_path: Path) -> None:
+    table = await Table(tmp_path / "site", Policy(min_weight_cap=1, min_cohort=5)).start()
+    try:
+        offer = table.offer()
+        forged = dataclasses.replace(offer, proposal=dataclasses.replace(offer.proposal, signature=bytes(64)))
+        session = await table.propose(forged)
+        assert [decline.code for decline in table.answers(session, Decline)] == [DeclineCode.BAD_PLAN]
+        assert table.ledger.plans("test") == ()
+    finally:
+        await table.close()
+
+
+async def test_an_offer_that_is_declined_does_not_end_the_session_that_runs(table: Table) -> None:
+    running = await table.propose(table.offer())
+    await table.propose(table.offer(attempt=2, task="another"))
+    assert table.driver.active_session() == running
+
+
 async def test_an_offer_under_another_sessions_id_is_ignored(table: Table) -> None:
     await table.say(bytes(32), table.offer())
     assert table.link.sent == []

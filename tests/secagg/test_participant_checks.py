@@ -119,6 +119,32 @@ def test_an_attempt_that_is_not_above_the_highest_seen(seen: tuple[int, int]) ->
     refuses(clean_run(N).proposal, site, DeclineCode.STALE_ATTEMPT, "not above the highest seen")
 
 
+def names(*members: int) -> frozenset[str]:
+    return frozenset(name_of(i) for i in members)
+
+
+@pytest.mark.parametrize("released", [names(*range(N - 1)), names(*range(N), 9), names(0, 1, 2)])
+def test_another_cohort_on_a_model_that_was_answered_on(released: frozenset[str]) -> None:
+    """A site that has uploaded is in a sum whether it signs or not, so it does not even advertise keys."""
+    site = make_site(OWN, N, rules=SiteRules(released=(names(*range(N)), released)))
+    refuses(clean_run(N).proposal, site, DeclineCode.SAME_MODEL, "only a cohort of exactly those can repeat it")
+
+
+def test_the_same_cohort_on_a_model_that_was_answered_on() -> None:
+    site = make_site(OWN, N, rules=SiteRules(released=(names(*range(N)),)))
+    assert isinstance(client.begin(clean_run(N).proposal, site=site, rand=bytes(32)).state, AdvertisedKeys)
+
+
+def test_a_cohort_that_differs_as_much_as_the_policy_wants() -> None:
+    for difference, joined in ((1, True), (2, True), (3, False)):
+        rules = SiteRules(released=(names(*range(N - 2)),), min_survivor_difference=difference)
+        site = make_site(OWN, N, rules=rules)
+        if joined:
+            assert isinstance(client.begin(clean_run(N).proposal, site=site, rand=bytes(32)).state, AdvertisedKeys)
+        else:
+            refuses(clean_run(N).proposal, site, DeclineCode.SAME_MODEL, "was released")
+
+
 @pytest.mark.parametrize("seen", [(3, 0), (2, 9)])
 def test_an_attempt_above_the_highest_seen_is_joined(seen: tuple[int, int]) -> None:
     site = make_site(OWN, N, rules=SiteRules(highest_attempt=seen))

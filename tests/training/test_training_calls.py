@@ -165,6 +165,18 @@ def test_what_cannot_be_encoded_leaves_no_file(
     assert os.listdir(tmp_path) == ["global.safetensors"]
 
 
+def test_a_metric_beyond_its_bound_is_clamped_and_not_refused(tmp_path: Path, model: Path) -> None:
+    """The bounds are the coordinator's: a refusal would say on which side of one this site's value lies."""
+    bounds = {spec.name: spec.bound for spec in STATISTICS} | {"train.loss": 0.5, "eval.examples": 3.0}
+    statistics = tuple(StatisticSpec(spec.name, bounds[spec.name]) for spec in STATISTICS)
+    training_calls.train(request(model))
+    result = training_calls.mask(masking(tmp_path / "update", statistics=statistics))
+    sums = np.frombuffer(result.statistics, "<u8").astype(np.uint64)
+    remove_statistics_masks(sums, KEYS.statistics)
+    decoded = dict(zip([spec.name for spec in STATISTICS], decode_statistics(sums), strict=True))
+    assert (decoded["examples"], decoded["train.loss"], decoded["eval.examples"]) == (33.0, 0.5, 3.0)
+
+
 def test_a_file_that_exists_is_not_overwritten(tmp_path: Path, model: Path) -> None:
     (tmp_path / "update").write_bytes(b"precious")
     training_calls.train(request(model))
