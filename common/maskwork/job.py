@@ -14,12 +14,22 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from maskwork.errors import UserError
 from maskwork.task import TrainingConfig
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
+
+
+def _checked_address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or "/" in host or not port.isascii() or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{text!r} is not an address: expected HOST:PORT with a port up to 65535")
+    return text
+
+
+Address = Annotated[str, AfterValidator(_checked_address)]
 MetricName = Annotated[str, Field(pattern=r"^(train|eval)\.[a-z][a-z0-9_]{0,40}$")]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
 
@@ -73,7 +83,9 @@ class EncodingSpec(Section):
 
     Attributes:
         preset: "exact" (24 bits, no rotation) or "compact" (16 bits, rotated).
-        clip_norm: L2 norm to which each update is clipped before weighting.
+        clip_norm: L2 norm to which each update is clipped before weighting. Sites send multiples of a step of
+            clip_norm / 2^(value bits - 1) x weight_cap / examples of the site, so much too large a norm or cap leaves
+            nothing of an update, and much too small a norm clips it away.
         weight_cap: the most examples that one site may count for.
         value_bits: overrides the preset's width, 8 to 24.
     """

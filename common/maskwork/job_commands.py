@@ -34,6 +34,7 @@ from maskwork.net.names import utc_text
 from maskwork.watch_state import bytes_text, dropped_text
 from maskwork.watch_view import STATE_STYLES, follow, rounds_table
 
+PIPE_WIDTH: Final = 240
 app = typer.Typer(help="Submit jobs, watch them, end them.", no_args_is_help=True, add_completion=False)
 model_app = typer.Typer(help="Take trained models home.", no_args_is_help=True, add_completion=False)
 
@@ -151,8 +152,12 @@ def export(
     round_number: Annotated[
         int | None, typer.Option("--round", min=1, metavar="N", help="The model after round N; else the newest.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Fetch a job's model as safetensors; the file appears only when it is whole and its digest is right."""
+    if output.exists() and not (force and output.is_file()):
+        remedy = "name another, or add --force to replace it" if output.is_file() else "name a file"
+        raise UserError(f"{output} is there already: {remedy}")
 
     async def run() -> str:
         async with _client(coordinator, identity) as client:
@@ -184,7 +189,9 @@ def _watch(job_id: str, coordinator: str, identity: Path) -> NoReturn:
 def _console() -> Console:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a reason in words that this terminal cannot show ends no watch
-    return Console(highlight=False, markup=False, emoji=False)
+    # Into a pipe or a file nothing is cut to a terminal's width: whoever reads it there wants whole words.
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 class _Moving:

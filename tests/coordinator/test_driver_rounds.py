@@ -106,7 +106,7 @@ async def test_attempts_end_with_the_job_when_they_are_used_up(tmp_path: Path) -
         await connect_all(coordinator, sites)
         record = await coordinator.until_ended()
         assert record.state is JobState.FAILED
-        assert record.reason.startswith("round 1 failed 2 times, the last one with aggregation-failed")
+        assert record.reason.startswith("round 1 failed 2 times. The last time: aggregation-failed")
         assert [a.reason for a in coordinator.store.attempts("job-1")] == [
             "aggregation-failed: out of memory",
             "aggregation-failed: [Errno 28] No space left",

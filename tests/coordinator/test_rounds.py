@@ -127,8 +127,37 @@ def test_used_up_attempts_end_the_job_with_what_to_do() -> None:
     state = replace(run(max_attempts=2), failures=2, last_abort="too-few-participants")
     _, decision = decide(state, "a", "b", "c")
     assert isinstance(decision, GiveUp)
-    assert "round 2 failed 2 times, the last one with too-few-participants" in decision.reason
+    assert "round 2 failed 2 times. The last time: too-few-participants." in decision.reason
     assert "maskwork model export" in decision.reason
+    _, decision = decide(replace(state, last_abort="too-few-participants; a: withdrew (same-model)"), "a", "b", "c")
+    assert isinstance(decision, GiveUp)
+    assert "maskwork model init with another --seed" in decision.reason
+
+
+def test_sites_that_say_the_same_again_and_again_are_not_asked_for_ever() -> None:
+    state, drops = run(), {"a": "withdrew (training-failed)", "b": "withdrew (training-failed)"}
+    tries = 0
+    while not isinstance(decide(state, "a", "b", "c", now=NOW + 1000 * tries)[1], GiveUp):
+        reason = AbortReason.TOO_FEW_PARTICIPANTS
+        state = rounds.after_abort(state, reason=reason, excluded={}, barred={}, now=NOW, drops=drops)
+        tries += 1
+    assert tries == rounds.SAME_ANSWERS + 1
+    assert "a: withdrew (training-failed); b: withdrew (training-failed)" in rounds_reason(state)
+
+
+def test_sites_that_vanish_are_asked_as_often_as_the_job_says() -> None:
+    state = run()
+    for _ in range(rounds.SAME_ANSWERS + 2):
+        drops = {"a": "disconnected (away)", "b": "withdrew (training-failed)"}
+        reason = AbortReason.TOO_FEW_PARTICIPANTS
+        state = rounds.after_abort(state, reason=reason, excluded={}, barred={}, now=NOW, drops=drops)
+    assert not isinstance(decide(state, "a", "b", "c", now=NOW + 1000)[1], GiveUp)
+
+
+def rounds_reason(state: JobRun) -> str:
+    _, decision = decide(state, "a", "b", "c")
+    assert isinstance(decision, GiveUp)
+    return decision.reason
 
 
 # --- moving on ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from maskwork.errors import UserError
-from maskwork.job import Section, explain
+from maskwork.job import Address, Section, explain
 
 
 class CoordinatorConfig(Section):
@@ -25,7 +25,7 @@ class CoordinatorConfig(Section):
         log_level: debug, info, warning or error.
     """
 
-    listen: str = Field(default="0.0.0.0:8750", pattern=r"^.+:\d{1,5}$")
+    listen: Address = "0.0.0.0:8750"
     identity: Path
     state: Path
     database: str = ""

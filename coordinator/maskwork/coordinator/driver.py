@@ -494,6 +494,7 @@ class Driver:
                 excluded={**session.excluded, **(blamed if disputed else {})},
                 barred={} if disputed else blamed,
                 now=now,
+                drops=session.drops,
             )
             self._run = rounds.repeat_only(self._run, self._answered_on(session.job_id, p.model_digest))
         runner.forget()
@@ -517,6 +518,7 @@ class Driver:
         older = self._peers.get(peer.name)
         before = None if older is None else self._place(older)
         if older is not None:
+            log.warning("a newer connection takes the place of one that is still open", participant=peer.name)
             older.close()
         self._peers[peer.name] = peer
         log.info("participant connected", participant=peer.name, connected=len(self._peers))

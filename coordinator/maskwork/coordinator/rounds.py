@@ -31,6 +31,8 @@ from maskwork.secagg.plan import (
 
 FIRST_RETRY_S = 0.05
 LONGEST_RETRY_S = 15.0
+SAME_ANSWERS = 3
+"""A round whose sites withdraw for the same reasons so many times again will not come out differently."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class JobRun:
     only: frozenset[str] = frozenset()
     settled: frozenset[str] = frozenset()
     last_abort: str = ""
+    repeats: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +117,8 @@ def decide(run: JobRun, present: Collection[PresentSite], *, now: float, rand: b
         now: seconds since the epoch.
         rand: fresh bytes; they choose who takes part when more sites than wanted are there.
     """
-    if run.failures >= run.spec.max_attempts:
-        return run, GiveUp(
-            f"round {run.round_number} failed {run.failures} times, the last one with {run.last_abort}; "
-            "nothing committed is lost: submit a job with the newest model (maskwork model export) to go on"
-        )
+    if run.failures >= run.spec.max_attempts or run.repeats >= SAME_ANSWERS:
+        return run, GiveUp(_why_given_up(run))
     usable = _usable(run, present)
     cohort = run.spec.cohort
     if run.only:
@@ -143,9 +143,21 @@ def decide(run: JobRun, present: Collection[PresentSite], *, now: float, rand: b
 
 
 def after_abort(
-    run: JobRun, *, reason: AbortReason, excluded: Mapping[str, str], barred: Mapping[str, str], now: float
+    run: JobRun,
+    *,
+    reason: AbortReason,
+    excluded: Mapping[str, str],
+    barred: Mapping[str, str],
+    now: float,
+    drops: Mapping[str, str] | None = None,
 ) -> JobRun:
-    """The job after an attempt that came to nothing: a new attempt number, a pause that grows, the blamed left out."""
+    """The job after an attempt that came to nothing: a new attempt number, a pause that grows, the blamed left out.
+
+    `drops` says why each site was dropped in it; an attempt that only repeats what sites said the last time counts
+    towards `SAME_ANSWERS`.
+    """
+    why = "; ".join([reason.value, *(f"{name}: {said}" for name, said in sorted((drops or {}).items()))])
+    answered = bool(drops) and all(said.startswith("withdrew") for said in (drops or {}).values())
     pause = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** min(run.failures, 20))
     return replace(
         run,
@@ -155,7 +167,8 @@ def after_abort(
         ready_since=None,
         excluded={**run.excluded, **excluded},
         barred={**run.barred, **barred},
-        last_abort=reason.value,
+        last_abort=why,
+        repeats=run.repeats + 1 if answered and why == run.last_abort else 0,
     )
 
 
@@ -174,6 +187,7 @@ def after_commit(run: JobRun, *, model: bytes, survivors: tuple[str, ...]) -> Jo
         not_before=0.0,
         ready_since=None,
         last_abort="",
+        repeats=0,
     )
 
 
@@ -273,11 +287,21 @@ def _shortage(run: JobRun, present: Collection[PresentSite], usable: list[Presen
     return "; ".join(parts)
 
 
+def _why_given_up(run: JobRun) -> str:
+    if AbortReason.SAME_MODEL.value in run.last_abort:
+        advice = "begin from another model (maskwork model init with another --seed), or with exactly the same sites"
+    elif run.round_number > 1:
+        advice = "a job that begins from the last committed model (maskwork model export) goes on from there"
+    else:
+        advice = "see to what is said here; the sites' and the coordinator's own logs say more"
+    return f"round {run.round_number} failed {run.failures} times. The last time: {run.last_abort}. To go on: {advice}"
+
+
 def _only_these(run: JobRun, missing: Collection[str]) -> str:
     return (
-        f"round {run.round_number}: unmasking was asked for and came to nothing; on the same model sites answer only for "
-        f"the same survivors ({', '.join(sorted(run.only))}). Missing: {', '.join(sorted(missing))}. Bring them back, or "
-        "abort the job and submit another that begins from a model of another round"
+        f"round {run.round_number}: unmasking was asked for and came to nothing; on the same model sites answer only "
+        f"for the same survivors ({', '.join(sorted(run.only))}). Missing: {', '.join(sorted(missing))}. Bring them "
+        "back, or abort the job and submit another that begins from a model of another round"
     )
 
 

@@ -212,6 +212,7 @@ class SessionRunner:
         self._around.store.record_drop(
             DropRecord(job_id, round_number, attempt, name, drop.stage.value, drop.reason.value, drop.detail, now)
         )
+        session.drops[name] = f"{drop.reason.value} ({drop.detail})"
         if drop.reason in KEPT_OUT_UNTIL_RECONNECT:
             session.excluded[name] = f"{drop.reason.value} ({drop.detail})"
         self._publish(

@@ -65,6 +65,7 @@ class ActiveSession:
     spools: dict[int, Spool] = field(default_factory=dict)
     additions: list[asyncio.Task[None]] = field(default_factory=list)
     excluded: dict[str, str] = field(default_factory=dict)
+    drops: dict[str, str] = field(default_factory=dict)
     stage: Stage | None = None
     stage_since: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)

@@ -97,13 +97,15 @@ class CoordinatorLink:
         backoff = FIRST_BACKOFF_S
         while True:
             self._greeted = False
+            started = time.monotonic()
             try:
                 await self._connection()
             except (grpc.aio.AioRpcError, WireError, ValueError, TimeoutError) as error:
                 await self._explain(error)
             finally:
                 self._outbox = None
-            if self._greeted:
+            # A connection that ends at once, again and again, may be another process with the same certificate.
+            if self._greeted and time.monotonic() - started > LONGEST_BACKOFF_S:
                 backoff = FIRST_BACKOFF_S
             # Jitter spreads a federation's reconnects after the coordinator restarts; it needs no secrecy.
             await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from maskwork.errors import UserError
-from maskwork.job import Section, explain
+from maskwork.job import Address, Section, explain
 
 Option = str | int | float | bool | None | tuple[str, ...]
 
@@ -40,7 +40,7 @@ class ParticipantConfig(Section):
         log_level: debug, info, warning or error.
     """
 
-    coordinator: str = Field(pattern=r"^.+:\d{1,5}$")
+    coordinator: Address
     identity: Path
     state: Path
     policy: Path | None = None

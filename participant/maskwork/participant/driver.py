@@ -103,6 +103,7 @@ class Driver:
             UserError: a task or its data is not usable.
         """
         for name, task in self._tasks.items():
+            log.info("loading task", task=name)
             self._workers[name] = self._make_worker(name, task)
             await self._workers[name].start()
             log.info("task ready", task=name)

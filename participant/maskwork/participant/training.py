@@ -16,6 +16,7 @@ Rules it upholds:
 import os
 import random
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from maskwork.errors import UserError
 from maskwork.metrics import statistic_values
 from maskwork.participant.training_calls import MaskRequest, MaskResult, TaskInfo, TrainRequest, TrainSummary
 from maskwork.secagg.encoding import encode_statistics
@@ -238,9 +240,21 @@ def configure(import_path: str, options: Mapping[str, object], threads: int = 1)
     _state.trainer = _state.kept = None
     use_threads(threads)
     task = load_task(import_path, options)
-    task.load_data()
-    _state.trainer = Trainer(task)
+    try:
+        task.load_data()
+        _state.trainer = Trainer(task)
+    except UserError:
+        raise
+    except Exception as error:  # the site's own code may raise anything; its operator is told where
+        raise TaskError(f"task {import_path}: getting ready failed: {described(error)}") from error
     return _state.trainer.info
+
+
+def described(error: BaseException) -> str:
+    """What a site's own code raised, and where: the type, the words, and the innermost line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def train(request: TrainRequest) -> TrainSummary:
@@ -264,7 +278,12 @@ def train(request: TrainRequest) -> TrainSummary:
         )
     if schema.size != request.parameters:
         raise TrainingError(f"the plan counts {request.parameters} parameters, its model has {schema.size}")
-    update, summary = trainer.run(vector, request.config, request.seed)
+    try:
+        update, summary = trainer.run(vector, request.config, request.seed)
+    except UserError:
+        raise
+    except Exception as error:  # the site's own code may raise anything; its operator is told where
+        raise TrainingError(f"the task failed: {described(error)}") from error
     _state.kept = _Kept(request.session_id, update, summary)
     return summary
 
