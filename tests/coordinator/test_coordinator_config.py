@@ -49,6 +49,14 @@ def test_a_mistake_is_told_with_the_file_the_key_and_the_nearest_known_one(
     assert str(caught.value).startswith(f"{path}: ")
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:99999", "https://localhost:8750", "8750", ":8750", "host:", "host:٣"])
+def test_an_address_that_is_none_is_refused(address: str, tmp_path: Path) -> None:
+    path = tmp_path / "coordinator.toml"
+    path.write_text(f'listen = "{address}"\nidentity = "i"\nstate = "s"\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"listen: .*is not an address: expected HOST:PORT"):
+        read_config(path)
+
+
 def test_a_file_that_is_not_there_or_not_text_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
         read_config(tmp_path / "missing.toml")

@@ -112,6 +112,20 @@ class Halves(Blobs):
         return self.training_data()
 
 
+class WithoutData(Blobs):
+    """Its data is not where it should be."""
+
+    def load_data(self) -> None:
+        raise FileNotFoundError("no readmissions.csv")
+
+
+class Broken(Blobs):
+    """Its training has a mistake."""
+
+    def train(self, model: nn.Module, config: TrainingConfig, *, seed: int) -> TrainingResult:
+        raise KeyError("age")
+
+
 class Poisoned(Blobs):
     """One example is not a number."""
 

@@ -165,6 +165,15 @@ def test_what_cannot_be_encoded_leaves_no_file(
     assert os.listdir(tmp_path) == ["global.safetensors"]
 
 
+def test_a_tasks_own_mistakes_are_told_with_their_line(model: Path) -> None:
+    at = r"\(site_tasks\.py, line \d+\)"
+    with pytest.raises(TaskError, match=rf"WithoutData: getting ready failed: FileNotFoundError: no readmi.* {at}"):
+        training_calls.configure("site_tasks:WithoutData", {})
+    training_calls.configure("site_tasks:Broken", {})
+    with pytest.raises(TrainingError, match=rf"the task failed: KeyError: 'age' {at}"):
+        training_calls.train(request(model))
+
+
 def test_a_metric_beyond_its_bound_is_clamped_and_not_refused(tmp_path: Path, model: Path) -> None:
     """The bounds are the coordinator's: a refusal would say on which side of one this site's value lies."""
     bounds = {spec.name: spec.bound for spec in STATISTICS} | {"train.loss": 0.5, "eval.examples": 3.0}
