@@ -8,36 +8,18 @@ Unknown keys are refused with the nearest known one named.
 
 from __future__ import annotations
 
-import difflib
 import json
-import tomllib
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from maskwork.errors import UserError
+from maskwork.settings import Section, explain, read_toml
 from maskwork.task import TrainingConfig
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
-
-
-def _checked_address(text: str) -> str:
-    host, _, port = text.rpartition(":")
-    if not host or "/" in host or not port.isascii() or not port.isdecimal() or int(port) > 65535:
-        raise ValueError(f"{text!r} is not an address: expected HOST:PORT with a port up to 65535")
-    return text
-
-
-Address = Annotated[str, AfterValidator(_checked_address)]
 MetricName = Annotated[str, Field(pattern=r"^(train|eval)\.[a-z][a-z0-9_]{0,40}$")]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
-
-
-class Section(BaseModel):
-    """A table of a configuration file: frozen, no unknown keys, finite numbers."""
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Cohort(Section):
@@ -127,13 +109,9 @@ class JobSpec(Section):
     rounds: int = Field(ge=1, le=1_000_000)
     max_attempts: int = Field(default=20, ge=1, le=1_000_000)
     training: TrainingConfig = TrainingConfig()
-    metrics: dict[
-        Annotated[str, Field(pattern=r"^(train|eval)\.[a-z][a-z0-9_]{0,40}$")], Annotated[float, Field(gt=0)]
-    ] = {
-        "train.loss": 1000.0,
-        "eval.loss": 1000.0,
-        "eval.accuracy": 1.0,
-    }
+    metrics: dict[MetricName, Annotated[float, Field(gt=0)]] = Field(
+        default={"train.loss": 1000.0, "eval.loss": 1000.0, "eval.accuracy": 1.0}
+    )
     cohort: Cohort = Cohort()
     encoding: EncodingSpec = EncodingSpec()
     deadlines: Deadlines = Deadlines()
@@ -159,14 +137,7 @@ def read_job_file(path: Path) -> JobFile:
     Raises:
         UserError: unreadable, no TOML, or invalid; the text names the file, the key and what would be accepted.
     """
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a job file: {error}") from error
-    try:
-        job = JobFile.model_validate(data)
-    except ValidationError as error:
-        raise UserError(f"{path}: {explain(error, JobFile)}") from error
+    job = read_toml(path, JobFile, what="a job file")
     return job.model_copy(update={"model": (path.parent / job.model).resolve()})
 
 
@@ -180,34 +151,3 @@ def parse_spec(spec_json: bytes) -> JobSpec:
         return JobSpec.model_validate_json(spec_json)
     except ValidationError as error:
         raise ValueError(explain(error, JobSpec)) from error
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """A validation error in words: each key with what is wrong, unknown keys with the nearest known one."""
-    parts = []
-    for problem in error.errors(include_url=False):
-        where = ".".join(str(part) for part in problem["loc"]) or "the file"
-        if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(model, problem["loc"][:-1]), n=1)
-            parts.append(f"{where}: no such key" + (f"; did you mean {near[0]}?" if near else ""))
-        else:
-            parts.append(f"{where}: {problem['msg']}")
-    return "; ".join(parts)
-
-
-def _known_keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
-    named: type[BaseModel] | None = None
-    for part in path:
-        if named is not None:  # this part is a name that the file's author chose, of a table of such tables
-            model, named = named, None
-            continue
-        field = model.model_fields.get(str(part))
-        annotation = None if field is None else field.annotation
-        if get_origin(annotation) is dict:
-            annotation = named = get_args(annotation)[1]
-            if isinstance(named, type) and issubclass(named, BaseModel):
-                continue
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)

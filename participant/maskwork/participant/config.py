@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from maskwork.errors import UserError
-from maskwork.job import Address, Section, explain
+from maskwork.settings import Address, Section, read_toml
 
 Option = str | int | float | bool | None | tuple[str, ...]
 
@@ -55,12 +53,7 @@ def read_config(path: Path) -> ParticipantConfig:
     Raises:
         UserError: unreadable, no TOML, or invalid; the text names the file and the key.
     """
-    try:
-        config = ParticipantConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a configuration file: {error}") from error
-    except ValidationError as error:
-        raise UserError(f"{path}: {explain(error, ParticipantConfig)}") from error
+    config = read_toml(path, ParticipantConfig, what="a configuration file")
     base = path.parent
     return config.model_copy(
         update={

@@ -8,18 +8,16 @@ The default is strict: complete graph, at least one tolerated colluder, no secon
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from maskwork.errors import UserError
-from maskwork.job import Section, explain
 from maskwork.secagg.errors import DeclineCode
 from maskwork.secagg.graph import GraphKind
 from maskwork.secagg.plan import RoundPlan
+from maskwork.settings import Section, read_toml
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +114,4 @@ def read_policy(path: Path) -> Policy:
     Raises:
         UserError: unreadable, no TOML, or invalid; the text names the file and the key.
     """
-    try:
-        return Policy.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a policy: {error}") from error
-    except ValidationError as error:
-        raise UserError(f"{path}: {explain(error, Policy)}") from error
+    return read_toml(path, Policy, what="a policy")

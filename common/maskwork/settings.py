@@ -1,0 +1,89 @@
+"""Files that people write: TOML, read and checked the same way wherever one is read.
+
+Every key is declared in a `Section`; an unknown one is refused with the nearest known one named. What the keys mean is
+said where they are declared: `job`, and the configurations of the coordinator and the participant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, ClassVar, TypeVar, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from maskwork.errors import UserError
+
+
+def _checked_address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or "/" in host or not port.isascii() or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{text!r} is not an address: expected HOST:PORT with a port up to 65535")
+    return text
+
+
+Address = Annotated[str, AfterValidator(_checked_address)]
+
+
+class Section(BaseModel):
+    """A table of a configuration file: frozen, no unknown keys, finite numbers."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def read_toml(path: Path, kind: type[S], *, what: str) -> S:
+    """Read and check a file.
+
+    Args:
+        path: the file.
+        kind: what its keys are.
+        what: what it should be, for the error: "a job file".
+
+    Raises:
+        UserError: unreadable, no TOML, or invalid; the text names the file, the key and what would be accepted.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as {what}: {error.strerror}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as {what}: {error}") from error
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, kind)}") from error
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """A validation error in words: each key with what is wrong, unknown keys with the nearest known one."""
+    parts = []
+    for problem in error.errors(include_url=False):
+        where = ".".join(str(part) for part in problem["loc"]) or "the file"
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(model, problem["loc"][:-1]), n=1)
+            parts.append(f"{where}: no such key" + (f"; did you mean {near[0]}?" if near else ""))
+        else:
+            parts.append(f"{where}: {problem['msg']}")
+    return "; ".join(parts)
+
+
+def _known_keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
+    named: type[BaseModel] | None = None
+    for part in path:
+        if named is not None:  # this part is a name that the file's author chose, of a table of such tables
+            model, named = named, None
+            continue
+        field = model.model_fields.get(str(part))
+        annotation = None if field is None else field.annotation
+        if get_origin(annotation) is dict:
+            annotation = named = get_args(annotation)[1]
+            if isinstance(named, type) and issubclass(named, BaseModel):
+                continue
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
