@@ -1,12 +1,13 @@
 # Everything a developer types. The first call of any target installs what it needs into .venv; nothing outside the clone.
 PYTHON ?= python3
 VENV   := .venv
+SEEDS  ?= 1000
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SOURCES := common coordinator participant tests scripts benchmarks
 
 SHELL := bash
-.PHONY: mutants-client demo test check fmt fmt-check lint types imports layout protos protos-check vectors-check docs-check mutants lock clean
+.PHONY: sim mutants-client demo test check fmt fmt-check lint types imports layout protos protos-check vectors-check docs-check mutants lock clean
 
 demo: $(STAMP)          ## the main job: one coordinator, five sites, two of them killed on the way
 	$(BIN)/maskwork demo
@@ -65,6 +66,9 @@ mutants: $(STAMP)       ## take every check of the protocol out in turn: a test 
 
 mutants-client: $(STAMP)
 	$(BIN)/python scripts/mutants.py --only client
+
+sim: $(STAMP)           ## simulated federations, one for each seed: every failure that a seed can think of, every invariant checked
+	$(BIN)/python -m tests.simulation --seeds $(SEEDS) --out runs/simulation.json
 
 lock: $(STAMP)
 	$(BIN)/python scripts/lock.py
