@@ -119,7 +119,7 @@ def _failure(seed: int, operations: list[Op] | None) -> tuple[type[BaseException
 def covered(coverage: Counter[tuple[Kind, str]]) -> tuple[Table, list[str]]:
     """The table of operation and stage, and the pairs that occurred too seldom."""
     table = Table("operation", *STAGES, title="how often each operation met each stage")
-    thin = []
+    thin: list[str] = []
     for kind in Kind:
         counts = [coverage[kind, stage] for stage in STAGES]
         table.add_row(kind.value, *(str(count) for count in counts))

@@ -489,6 +489,8 @@ class World:
                 _must_have_been_killed(place.process)
                 self._break_transfer(place)
                 place.process.kill()
+                if place.link is not None:
+                    place.link.connection = None  # what still retries in the dead process finds nobody
                 place.process = None
                 if place.connections:
                     place.connections[-1].site_is_gone()
