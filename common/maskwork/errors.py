@@ -20,19 +20,20 @@ class StoreError(UserError):
     """A file that must last could not be read or written: the disk, its rights, another process, damage.
 
     Attributes:
+        what: What is the matter with it.
         file: The database, model file or directory concerned.
         remedy: What the operator can do.
     """
 
     def __init__(self, what: str, *, file: str | PurePath, remedy: str) -> None:
         super().__init__(f"{file}: {what}. {remedy}")
-        self._what = what
+        self.what = what
         self.file = str(file)
         self.remedy = remedy
 
     def __reduce__(self) -> tuple[Callable[..., "StoreError"], tuple[str, str, str]]:
         """Pickle by its parts, so that it arrives from a worker process as what it is."""
-        return _store_error, (self._what, self.file, self.remedy)
+        return _store_error, (self.what, self.file, self.remedy)
 
     @classmethod
     def from_cause(cls, cause: BaseException, *, file: str | PurePath) -> "StoreError":

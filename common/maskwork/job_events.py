@@ -37,6 +37,7 @@ class JobSummary:
         submitted_by: URI name of the submitter's certificate.
         submitted_at: Seconds since the epoch.
         model_digest: SHA-256 of the newest committed model, or of the initial one.
+        rolled_back: Rounds that had committed and were taken back; their numbers are not used again.
     """
 
     job_id: str
@@ -50,6 +51,7 @@ class JobSummary:
     submitted_by: str = ""
     submitted_at: float = 0.0
     model_digest: bytes = b""
+    rolled_back: int = 0
 
     @property
     def ended(self) -> bool:

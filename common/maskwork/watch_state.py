@@ -140,7 +140,8 @@ class WatchState:
     def rounds_committed(self) -> int:
         """Rounds committed, from whichever source knows most."""
         told = self.job.rounds_committed if self.job is not None else 0
-        return max(told, self.rounds[-1].round_number if self.rounds else 0)
+        taken_back = self.job.rolled_back if self.job is not None else 0
+        return max(told, self.rounds[-1].round_number - taken_back if self.rounds else 0)
 
     @property
     def rounds_total(self) -> int | None:
@@ -180,7 +181,7 @@ class WatchState:
 
 def round_text(event: RoundCommitted, *, rounds_total: int | None) -> str:
     """A committed round in one line."""
-    of = f"/{rounds_total}" if rounds_total else ""
+    of = f"/{rounds_total}" if rounds_total and event.round_number <= rounds_total else ""
     roster_size = len(event.survivors) + len(event.dropouts)
     parts = [f"round {event.round_number}{of} committed: {len(event.survivors)} of {roster_size} sites"]
     if event.attempt > 1:
@@ -233,7 +234,8 @@ def _job(state: WatchState, event: JobSummary) -> WatchState:
     if before is not None and before.ended:
         return state
     following = replace(state, job=event)
-    if before is not None and before.state == event.state:
+    told = before is not None and event.reason in ("", before.reason)
+    if before is not None and before.state == event.state and told:
         return following
     text = (
         f"job {event.name} ({event.job_id}) is {event.state}, {event.rounds_committed} of {event.rounds_total} rounds"

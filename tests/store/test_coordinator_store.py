@@ -19,6 +19,7 @@ from maskwork.coordinator.records import (
     JobState,
     ReleasedSet,
     ResumeRecord,
+    RolledBackRound,
 )
 from maskwork.coordinator.store import Store
 from maskwork.errors import StoreError
@@ -438,4 +439,59 @@ def test_every_record_has_a_table_with_its_fields() -> None:
     for table, record in pairs.items():
         columns = {column.name.removesuffix("_json") for column in table.__table__.columns} - {"position"}
         fields = {field.name.removesuffix("_json") for field in dataclasses.fields(record)}
+        if record is CommittedRound:  # its row also says whether it was taken back: `RolledBackRound`
+            fields |= {"rolled_back_at", "rolled_back_reason"}
         assert columns == fields, table.__tablename__
+
+
+def test_a_rolled_back_round_stays_on_record_and_its_number_is_not_used_again(running: Store) -> None:
+    commit(running, new_attempt(1))
+    commit(running, new_attempt(2))
+    running.open_attempt(new_attempt(3))
+    running.save_resume(resume_of(new_attempt(3)))
+    running.roll_back("j1", to_round=1, reason="the disk ate it")
+    job = running.job("j1")
+    assert job is not None
+    assert (job.current_model, job.next_round, job.next_attempt) == (digest("model", 1), 3, 2)
+    assert (job.rounds_committed, job.rolled_back, job.last_round, job.reason) == (1, 1, 4, "the disk ate it")
+    assert running.rounds("j1") == (round_of(new_attempt(1)),)
+    assert running.rolled_back_rounds("j1") == (RolledBackRound(round_of(new_attempt(2)), 99.0, "the disk ate it"),)
+    assert [(a.round_number, a.outcome, a.reason) for a in running.attempts("j1")] == [
+        (1, AttemptOutcome.COMMITTED, ""),
+        (2, AttemptOutcome.ROLLED_BACK, "the disk ate it"),
+        (3, AttemptOutcome.ABORTED, "the disk ate it"),
+    ]
+    assert running.resume_record("j1") is None
+    assert [r.round_number for r in running.releases("j1")] == [1, 2, 3]  # what was asked for was asked for
+    assert digest("model", 2) in running.referenced_models()
+    refuses(running, "the next is round 3, attempt 2", lambda: running.open_attempt(new_attempt(2, 2)))
+
+
+def test_a_job_completes_when_as_many_rounds_stand_as_were_asked_for(running: Store) -> None:
+    commit(running, new_attempt(1))
+    commit(running, new_attempt(2))
+    running.roll_back("j1", to_round=0, reason="both are gone")
+    commit(running, new_attempt(3))
+    commit(running, new_attempt(4))
+    assert running.last_survivors("j1") == SURVIVORS
+    job = running.job("j1")
+    assert job is not None
+    assert (job.state, job.rounds_committed) == (JobState.RUNNING, 2)
+    commit(running, new_attempt(5))
+    job = running.job("j1")
+    assert job is not None
+    assert (job.state, job.rounds_committed, job.rolled_back) == (JobState.COMPLETED, 3, 2)
+
+
+def test_nothing_is_rolled_back_twice_or_from_a_job_that_does_not_run(running: Store) -> None:
+    refuses(running, "nothing to roll back", lambda: running.roll_back("j1", to_round=0, reason="r"))
+    commit(running, new_attempt(1))
+    commit(running, new_attempt(2))
+    for to_round in (2, 3, 9):
+        refuses(running, "nothing to roll back", lambda: running.roll_back("j1", to_round=to_round, reason="r"))  # noqa: B023
+    running.roll_back("j1", to_round=0, reason="r")
+    assert running.last_survivors("j1") == ()
+    refuses(running, "nothing to roll back", lambda: running.roll_back("j1", to_round=0, reason="r"))
+    refuses(running, "nothing to roll back", lambda: running.roll_back("j1", to_round=1, reason="r"))
+    running.set_job_state("j1", JobState.FAILED)
+    refuses(running, "it is failed, not running", lambda: running.roll_back("j1", to_round=0, reason="r"))

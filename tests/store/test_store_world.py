@@ -15,11 +15,12 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import MetaData, event
+from sqlalchemy import MetaData, create_engine, event
 
 from maskwork.coordinator import migrations as coordinator_migrations
 from maskwork.coordinator.migrations import tables as coordinator_tables
@@ -274,6 +275,24 @@ def test_head_is_the_last_script(package: ModuleType, metadata: MetaData, opener
     config = Config()
     config.set_main_option("script_location", str(Path(str(package.__file__)).parent))
     assert ScriptDirectory.from_config(config).get_heads() == [package.MIGRATIONS.head]
+
+
+def test_a_database_of_the_first_schema_keeps_its_jobs_and_rounds(tmp_path: Path) -> None:
+    path = tmp_path / DATABASE_NAME
+    config = Config()
+    config.set_main_option("script_location", str(Path(str(coordinator_migrations.__file__)).parent))
+    with create_engine(f"sqlite:///{path}").begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "coordinator_0001")
+    with closing(sqlite3.connect(path)) as older, older:
+        values = "'j', 'n', 't', 'running', 2, 2, 1, '{}', 's', 0.0, x'6d', x'6d', ''"
+        older.execute(f"INSERT INTO jobs VALUES (1, {values})")
+        older.execute("INSERT INTO attempts VALUES ('j', 1, 1, x'01', x'02', x'03', 0.0, 1.0, 'committed', '')")
+        older.execute("INSERT INTO rounds VALUES ('j', 1, 1, x'01', x'6d', '[\"a\"]', '[]', '{}', '{}', 0, 1.0)")
+    with open_store(tmp_path) as store:
+        (job,), (committed,) = store.jobs(), store.rounds("j")
+        assert (job.rolled_back, job.rounds_committed, committed.survivors) == (0, 1, ("a",))
+        assert store.rolled_back_rounds("j") == ()
 
 
 @both

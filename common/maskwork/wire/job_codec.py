@@ -83,6 +83,7 @@ def encode_job(job: JobSummary) -> jobs_pb2.Job:
         submitted_by=job.submitted_by,
         submitted_at=job.submitted_at,
         model_digest=job.model_digest,
+        rolled_back=job.rolled_back,
     )
 
 
@@ -232,6 +233,7 @@ def decode_job(message: jobs_pb2.Job, *, at: float = 0.0) -> JobSummary:
         submitted_by=printable(message.submitted_by),
         submitted_at=_finite("submitted_at", message.submitted_at),
         model_digest=message.model_digest,
+        rolled_back=message.rolled_back,
     )
 
 

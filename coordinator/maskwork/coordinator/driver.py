@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from typing import assert_never
 import structlog
 
 from maskwork import job_events as events
-from maskwork.coordinator import aggregation, rounds
+from maskwork.coordinator import aggregation, recovery, rounds
 from maskwork.coordinator.aggregation import Convicted, Implausible, Release, Released
 from maskwork.coordinator.board import EventBoard
 from maskwork.coordinator.happenings import (
@@ -51,18 +50,18 @@ from maskwork.coordinator.records import (
     JobState,
     ResumeRecord,
 )
+from maskwork.coordinator.recovery import JobLost
 from maskwork.coordinator.rounds import GiveUp, JobRun, OpenAttempt, PresentSite, Wait
 from maskwork.coordinator.runner import SessionRunner, Surroundings, Worker
 from maskwork.coordinator.session import ActiveSession, public_keys, shape_of
 from maskwork.coordinator.spool import Spool, UploadSlots
 from maskwork.coordinator.store import Store
 from maskwork.errors import StoreError
-from maskwork.job import parse_spec
 from maskwork.metrics import means
 from maskwork.secagg import keys, server
 from maskwork.secagg import server_states as core
 from maskwork.secagg.encoding import EncodingParameterError
-from maskwork.secagg.errors import AbortReason, DropReason, PlanError
+from maskwork.secagg.errors import AbortReason, DeclineCode, DropReason, PlanError
 from maskwork.secagg.graph import GraphError
 from maskwork.secagg.keys import Signer
 from maskwork.secagg.messages import (
@@ -71,7 +70,6 @@ from maskwork.secagg.messages import (
     SessionClosed,
 )
 from maskwork.secagg.plan import session_id
-from maskwork.tensors import ModelFileError, read_schema
 from maskwork.wire import codec
 from maskwork.wire.codec import UploadReady
 
@@ -126,6 +124,7 @@ class Driver:
         self._tasks: set[asyncio.Task[None]] = set()
         self._look_timer: asyncio.TimerHandle | None = None
         self._waiting_told = ""
+        self._model_doubted = False
         self._around = Surroundings(
             store=store,
             models=models,
@@ -252,6 +251,9 @@ class Driver:
             if self._run is None and not self._start_next_job():
                 return
             assert self._run is not None
+            if self._model_doubted:
+                await self._check_model(self._run)
+                continue
             present = [peer.site for peer in self._peers.values()]
             self._run, decision = rounds.decide(self._run, present, now=self._clock(), rand=self._entropy(16))
             match decision:
@@ -306,23 +308,15 @@ class Driver:
         return self._run is not None or self._start_next_job()
 
     def _job_run(self, record: JobRecord) -> JobRun | None:
-        """The job as it stands; None, and the job has failed, when its spec or its model cannot be read any more."""
+        """The job as it stands, rolled back if it had to be; None, and the job has failed, when it cannot go on."""
         try:
-            spec = parse_spec(record.spec_json.encode())
-            schema = read_schema(self._models.verify(record.current_model))
-        except (ModelDamaged, ModelFileError, ValueError) as error:
-            self._end_job(record.job_id, JobState.FAILED, str(error))
+            run = recovery.run_of(record, store=self._store, models=self._models)
+        except JobLost as lost:
+            self._end_job(record.job_id, JobState.FAILED, str(lost))
             return None
-        run = JobRun(
-            record.job_id,
-            spec,
-            record.next_round,
-            record.next_attempt,
-            record.current_model,
-            schema.size,
-            self._store.last_survivors(record.job_id),
-        )
-        return rounds.repeat_only(run, self._answered_on(record.job_id, record.current_model))
+        if run.rolled_back != record.rolled_back:
+            self._publish_job(record.job_id)
+        return run
 
     def _end_job(self, job_id: str, state: JobState, reason: str) -> None:
         self._store.set_job_state(job_id, state, reason)
@@ -378,8 +372,10 @@ class Driver:
         except (PlanError, EncodingParameterError, GraphError) as error:
             self._end_job(run.job_id, JobState.FAILED, f"no plan can be made for {len(cohort)} sites: {error}")
             return
-        model_size = self._model_size(run)
-        if model_size is None:
+        try:
+            model_size = self._models.path(run.model).stat().st_size
+        except ModelDamaged:
+            self._roll_back(run)
             return
         plan_bytes = codec.encode_plan(plan)
         identifier = session_id(plan_bytes)
@@ -413,13 +409,21 @@ class Driver:
         log.info("attempt opened", job=run.job_id, round=run.round_number, attempt=run.attempt, cohort=plan.cohort)
         await runner.perform(started)
 
-    def _model_size(self, run: JobRun) -> int | None:
-        """Bytes of the global model's file; None, and the job has failed, when it is gone."""
+    def _roll_back(self, run: JobRun) -> None:
+        """The model was found damaged: go on from an earlier one, with whoever is there, or fail."""
+        record = self._store.job(run.job_id)
+        assert record is not None
+        following = self._job_run(record)
+        # A site that declined because of what it was given did nothing wrong; one that was convicted did.
+        self._run = None if following is None else replace(following, barred=run.barred)
+
+    async def _check_model(self, run: JobRun) -> None:
+        """Hash the model again when an attempt has given reason to."""
+        self._model_doubted = False
         try:
-            return self._models.path(run.model).stat().st_size
-        except (ModelDamaged, OSError) as error:
-            self._end_job(run.job_id, JobState.FAILED, str(error))
-            return None
+            await asyncio.to_thread(self._models.verify, run.model)
+        except ModelDamaged:
+            self._roll_back(run)
 
     def _new_session(
         self, job_id: str, state: core.State, certificates: tuple[bytes, ...], *, config: bytes, model_size: int
@@ -496,14 +500,13 @@ class Driver:
                 now=now,
                 drops=session.drops,
             )
-            self._run = rounds.repeat_only(self._run, self._answered_on(session.job_id, p.model_digest))
+            answered = recovery.answered_on(self._store, session.job_id, p.model_digest)
+            self._run = rounds.repeat_only(self._run, answered)
+        self._model_doubted = state.reason is AbortReason.AGGREGATION_FAILED or any(
+            said.startswith(f"declined ({DeclineCode.WRONG_MODEL.value}") for said in session.drops.values()
+        )
         runner.forget()
         self._runner = None
-
-    def _answered_on(self, job_id: str, model: bytes) -> tuple[str, ...]:
-        """The survivors whose unmasking was asked for on a model; none if it never was."""
-        sets = [released.survivors for released in self._store.releases(job_id) if released.base_model == model]
-        return sets[-1] if sets else ()
 
     # --- participants ----------------------------------------------------------------------------------
 
@@ -570,6 +573,7 @@ class Driver:
             if record.state is not JobState.RUNNING:
                 continue
             self._run = self._job_run(record)
+            # Only now: a job that was rolled back, or has failed, has no session to go on with.
             resume = self._store.resume_record(record.job_id)
             attempt = self._store.current_attempt(record.job_id)
             if self._run is not None and resume is not None:
@@ -578,28 +582,22 @@ class Driver:
             elif attempt is not None:
                 self._store.close_attempt(attempt.session_id, AttemptOutcome.ABANDONED, "the coordinator restarted")
                 log.warning("attempt abandoned", job=record.job_id, round=attempt.round_number)
-        for folder in self._sessions.iterdir():
-            if folder.name != keep:
-                shutil.rmtree(folder, ignore_errors=True)
+        recovery.remove_all_but(self._sessions, keep)
 
     async def _resume(self, run: JobRun, resume: ResumeRecord) -> None:
-        transcript = codec.decode_transcript(resume.blob)
-        plan = codec.decode_plan(transcript.plan_bytes)
-        proposal = Proposal(transcript.plan_bytes, transcript.plan_signature, plan)
-        state = server.restore(
-            proposal,
-            public_keys(transcript.certificates),
-            advertised=transcript.advertised,
-            dealings=transcript.dealings,
-            u3=transcript.u3,
-            signatures=transcript.signatures,
+        restored = recovery.restore(resume)
+        plan = restored.plan
+        session = self._new_session(
+            run.job_id,
+            restored.state,
+            restored.certificates,
+            config=run.spec.training.canonical_json(),
+            model_size=self._models.path(run.model).stat().st_size,
         )
-        config, model_size = run.spec.training.canonical_json(), self._models.path(run.model).stat().st_size
-        session = self._new_session(run.job_id, state, transcript.certificates, config=config, model_size=model_size)
-        session.uplink_bytes = len(transcript.u3) * shape_of(plan).upload_bytes
+        session.uplink_bytes = restored.survivors * shape_of(plan).upload_bytes
         runner = self._runner = SessionRunner(session, self._around)
         self._run = replace(run, attempt=plan.attempt)
-        log.warning("session resumed", job=run.job_id, round=plan.round_number, survivors=len(transcript.u3))
-        step = server.resume(state)
+        log.warning("session resumed", job=run.job_id, round=plan.round_number, survivors=restored.survivors)
+        step = server.resume(restored.state)
         session.state = step.state
         await runner.perform(step)

@@ -15,11 +15,12 @@ def summary(record: JobRecord, *, at: float) -> events.JobSummary:
         task=record.task,
         state=record.state.value,
         rounds_total=record.rounds_total,
-        rounds_committed=record.next_round - 1,
+        rounds_committed=record.rounds_committed,
         reason=record.reason,
         submitted_by=record.submitted_by,
         submitted_at=record.submitted_at,
         model_digest=record.current_model,
+        rolled_back=record.rolled_back,
     )
 
 

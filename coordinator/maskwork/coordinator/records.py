@@ -29,11 +29,12 @@ class JobState(StrEnum):
 
 
 class AttemptOutcome(StrEnum):
-    """How an attempt ended; an open one has none yet. The store writes `COMMITTED` itself."""
+    """How an attempt ended; an open one has none yet. The store writes `COMMITTED` and `ROLLED_BACK` itself."""
 
     COMMITTED = "committed"
     ABORTED = "aborted"
     ABANDONED = "abandoned"  # found open after a restart, before Unmask had been asked for
+    ROLLED_BACK = "rolled-back"  # it had committed; its model was damaged later, and the round was taken back
 
 
 # What `Store.set_job_state` allows. COMPLETED is missing on purpose: the last commit is what completes a job.
@@ -57,8 +58,8 @@ class JobRecord:
         name: What its submitter calls it.
         task: Name under which sites offer the code.
         state: Where it stands.
-        rounds_total: Rounds to commit, at least 1.
-        next_round: The round being worked on; `rounds_total + 1` once all are in.
+        rounds_total: Rounds to commit, at least 1; those rolled back do not count.
+        next_round: The round being worked on; it never goes back. `last_round + 1` once all are in.
         next_attempt: Lowest attempt number that `next_round` may still open.
         spec_json: The submitted job, as JSON.
         submitted_by: URI name of the submitter's certificate.
@@ -66,6 +67,7 @@ class JobRecord:
         initial_model: SHA-256 of the model that round 1 starts from.
         current_model: SHA-256 of the model that `next_round` starts from.
         reason: Why it stands where it stands, for people; empty if there is nothing to say.
+        rolled_back: Rounds that had committed and were taken back, because their models were damaged.
     """
 
     job_id: str
@@ -81,6 +83,17 @@ class JobRecord:
     initial_model: bytes
     current_model: bytes
     reason: str = ""
+    rolled_back: int = 0
+
+    @property
+    def last_round(self) -> int:
+        """The number of the last round: each round that was rolled back used up one."""
+        return self.rounds_total + self.rolled_back
+
+    @property
+    def rounds_committed(self) -> int:
+        """Rounds that are in the current model."""
+        return self.next_round - 1 - self.rolled_back
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +152,7 @@ class DropRecord:
 
 @dataclass(frozen=True, slots=True)
 class CommittedRound:
-    """One round that is in the model for good.
+    """One round that is in the model.
 
     Attributes:
         job_id: The job.
@@ -166,6 +179,21 @@ class CommittedRound:
     stage_seconds: Mapping[str, float]
     uplink_bytes: int
     committed_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBackRound:
+    """A round that had committed and was taken back. It stays on record; its number is never used again.
+
+    Attributes:
+        committed: The round as it was committed.
+        at: When it was taken back, Unix time in seconds.
+        reason: What was damaged, and which model the job went on from.
+    """
+
+    committed: CommittedRound
+    at: float
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

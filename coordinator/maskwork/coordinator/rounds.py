@@ -63,6 +63,8 @@ class JobRun:
         ready_since: since when the minimum cohort has been there.
         only: when unmasking was asked for on this model: the survivors, the one cohort that sites answer for again.
         settled: the sites that the last attempt was opened with; while they are all there, nobody else is waited for.
+        rolled_back: rounds that were taken back because their models were damaged; their numbers are used up.
+        taken_back: why the last of them were, until the next commit; empty if none were.
     """
 
     job_id: str
@@ -81,6 +83,8 @@ class JobRun:
     settled: frozenset[str] = frozenset()
     last_abort: str = ""
     repeats: int = 0
+    rolled_back: int = 0
+    taken_back: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +178,7 @@ def after_abort(
 
 def after_commit(run: JobRun, *, model: bytes, survivors: tuple[str, ...]) -> JobRun | None:
     """The job at its next round; None when that was the last one."""
-    if run.round_number >= run.spec.rounds:
+    if run.round_number >= run.spec.rounds + run.rolled_back:
         return None
     return replace(
         run,
@@ -188,6 +192,7 @@ def after_commit(run: JobRun, *, model: bytes, survivors: tuple[str, ...]) -> Jo
         ready_since=None,
         last_abort="",
         repeats=0,
+        taken_back="",
     )
 
 
@@ -243,7 +248,7 @@ def build_plan(
         job=run.job_id,
         task=spec.task,
         round_number=run.round_number,
-        rounds_total=spec.rounds,
+        rounds_total=spec.rounds + run.rolled_back,
         attempt=run.attempt,
         nonce=nonce,
         model_digest=run.model,
@@ -298,10 +303,23 @@ def _why_given_up(run: JobRun) -> str:
 
 
 def _only_these(run: JobRun, missing: Collection[str]) -> str:
+    why = run.taken_back or "unmasking was asked for and came to nothing"
     return (
-        f"round {run.round_number}: unmasking was asked for and came to nothing; on the same model sites answer only "
-        f"for the same survivors ({', '.join(sorted(run.only))}). Missing: {', '.join(sorted(missing))}. Bring them "
-        "back, or abort the job and submit another that begins from a model of another round"
+        f"round {run.round_number}: {why}; on the same model sites answer only for the same survivors "
+        f"({', '.join(sorted(run.only))}). Missing: {', '.join(sorted(missing))}. Start them again, and the job goes "
+        f"on by itself. If they will not come back: {_another_model(run)}"
+    )
+
+
+def _another_model(run: JobRun) -> str:
+    """What is possible without the sites that a model was answered on with, in commands."""
+    end, anew = f"`maskwork job abort {run.job_id}`", "a new initial model (`maskwork model init` with another --seed)"
+    if run.round_number == 1:
+        return f"{end}, then submit a job with {anew}"
+    return (
+        f"{end}, then submit a job with {anew}, or with the model of an earlier round (`maskwork model export "
+        f"{run.job_id} --round N --output FILE`) if the survivors of the round that followed it are all here "
+        f"(`maskwork job show {run.job_id}`)"
     )
 
 

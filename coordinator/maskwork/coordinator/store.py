@@ -8,6 +8,7 @@ Rules (DESIGN sections 4 and 6)
 1. (round, attempt) of a job only grows, and at most one attempt of a job is open.
 2. Once a session's accumulator, survivors and signatures are saved, it is resumed or ended: no new attempt beside it.
 3. A round commits once, in order, from the open attempt, from a session that was saved before Unmask; or not at all.
+   One that is rolled back stays on record, and no other round ever has its number (ADR 0010).
 4. One process at a time: a lock file stands beside a SQLite database.
 
 Errors: `StoreError` when the world failed; `RuntimeError` when the caller broke a rule. Either changes nothing.
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from sqlalchemy import Engine, make_url, select
+from sqlalchemy import Engine, Select, make_url, select
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Session
 
@@ -40,6 +41,7 @@ from maskwork.coordinator.records import (
     JobState,
     ReleasedSet,
     ResumeRecord,
+    RolledBackRound,
 )
 from maskwork.database import open_engine, world_failures
 from maskwork.errors import StoreError
@@ -278,21 +280,59 @@ class Store:
             job.current_model = committed.model
             job.next_round = committed.round_number + 1
             job.next_attempt = FIRST_ATTEMPT
-            if committed.round_number == job.rounds_total:
+            if committed.round_number == job.rounds_total + job.rolled_back:
                 job.state = JobState.COMPLETED.value
                 job.reason = ""
             self._close(session, attempt, AttemptOutcome.COMMITTED, "", at=committed.committed_at)
 
+    def roll_back(self, job_id: str, *, to_round: int, reason: str) -> None:
+        """Take back every committed round after one, because the models of those are damaged.
+
+        The job goes on from that round's model (0: its initial one), under the round number that it was at: numbers
+        never go back, since sites take up only what is higher than what they have seen. An open attempt ends with it.
+
+        Raises:
+            RuntimeError: If the job is not running, that round is not in its model, or there is none after it.
+        """
+        with self._writing() as session:
+            job = _get_running(session, job_id)
+            rows = {row.round_number: row for row in session.scalars(_standing(job_id))}
+            after = [row for number, row in rows.items() if number > to_round]
+            if (to_round and to_round not in rows) or not after:
+                raise RuntimeError(f"job {job_id}: there is nothing to roll back to round {to_round}")
+            now = self._clock()
+            for row in after:
+                row.rolled_back_at = now
+                row.rolled_back_reason = reason
+                attempt = _get_attempt(session, row.session_id)
+                attempt.outcome = AttemptOutcome.ROLLED_BACK.value
+                attempt.reason = reason
+            open_attempt = _open_attempt_of(session, job_id)
+            if open_attempt is not None:
+                self._close(session, open_attempt, AttemptOutcome.ABORTED, reason)
+            job.rolled_back += len(after)
+            job.current_model = rows[to_round].model if to_round else job.initial_model
+            job.reason = reason
+
+    def rolled_back_rounds(self, job_id: str) -> tuple[RolledBackRound, ...]:
+        """The rounds of a job that had committed and were taken back, in order. For audit."""
+        table = tables.Round
+        query = select(table).where(table.job_id == job_id, table.rolled_back_at.is_not(None))
+        with self._reading() as session:
+            return tuple(
+                RolledBackRound(row.record(), row.rolled_back_at or 0.0, row.rolled_back_reason)
+                for row in session.scalars(query.order_by(table.round_number))
+            )
+
     def rounds(self, job_id: str) -> tuple[CommittedRound, ...]:
-        """The committed rounds of a job, in order."""
-        query = select(tables.Round).where(tables.Round.job_id == job_id).order_by(tables.Round.round_number)
+        """The committed rounds of a job, in order; those that were rolled back are not among them."""
+        query = _standing(job_id).order_by(tables.Round.round_number)
         with self._reading() as session:
             return tuple(row.record() for row in session.scalars(query))
 
     def last_survivors(self, job_id: str) -> tuple[str, ...]:
         """U3 of the last committed round of a job, in roster order; empty before the first."""
-        table = tables.Round
-        query = select(table).where(table.job_id == job_id).order_by(table.round_number.desc()).limit(1)
+        query = _standing(job_id).order_by(tables.Round.round_number.desc()).limit(1)
         with self._reading() as session:
             row = session.scalar(query)
             return () if row is None else row.record().survivors
@@ -372,6 +412,11 @@ def _get_attempt(session: Session, session_id: bytes) -> tables.Attempt:
 def _open_attempt_of(session: Session, job_id: str) -> tables.Attempt | None:
     table = tables.Attempt
     return session.scalar(select(table).where(table.job_id == job_id, table.closed_at.is_(None)))
+
+
+def _standing(job_id: str) -> Select[tables.Round]:
+    """The rounds that were committed and not rolled back."""
+    return select(tables.Round).where(tables.Round.job_id == job_id, tables.Round.rolled_back_at.is_(None))
 
 
 def _check_commit(session: Session, job: tables.Job, committed: CommittedRound) -> tables.Attempt:

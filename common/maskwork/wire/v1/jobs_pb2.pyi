@@ -345,6 +345,7 @@ class Job(_message.Message):
     SUBMITTED_BY_FIELD_NUMBER: _builtins.int
     SUBMITTED_AT_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    ROLLED_BACK_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     name: _builtins.str
     task: _builtins.str
@@ -355,6 +356,8 @@ class Job(_message.Message):
     submitted_by: _builtins.str
     submitted_at: _builtins.float
     model_digest: _builtins.bytes
+    rolled_back: _builtins.int
+    """Rounds that had committed and were taken back. Their numbers are not used again."""
     def __init__(
         self,
         *,
@@ -368,10 +371,11 @@ class Job(_message.Message):
         submitted_by: _builtins.str = ...,
         submitted_at: _builtins.float = ...,
         model_digest: _builtins.bytes = ...,
+        rolled_back: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "model_digest", b"model_digest", "name", b"name", "reason", b"reason", "rounds_committed", b"rounds_committed", "rounds_total", b"rounds_total", "state", b"state", "submitted_at", b"submitted_at", "submitted_by", b"submitted_by", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "model_digest", b"model_digest", "name", b"name", "reason", b"reason", "rolled_back", b"rolled_back", "rounds_committed", b"rounds_committed", "rounds_total", b"rounds_total", "state", b"state", "submitted_at", b"submitted_at", "submitted_by", b"submitted_by", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,4 +8,4 @@ from typing import Final
 
 from maskwork.database import Migrations
 
-MIGRATIONS: Final = Migrations(Path(__file__).parent, head="coordinator_0001", owner="coordinator")
+MIGRATIONS: Final = Migrations(Path(__file__).parent, head="coordinator_0002", owner="coordinator")

@@ -49,6 +49,7 @@ class Job(Base):
     initial_model: Mapped[bytes]
     current_model: Mapped[bytes]
     reason: Mapped[str]
+    rolled_back: Mapped[int] = mapped_column(server_default="0")
 
     @classmethod
     def of(cls, record: JobRecord) -> "Job":
@@ -71,6 +72,7 @@ class Job(Base):
             initial_model=self.initial_model,
             current_model=self.current_model,
             reason=self.reason,
+            rolled_back=self.rolled_back,
         )
 
 
@@ -150,7 +152,7 @@ class Drop(Base):
 
 
 class Round(Base):
-    """`CommittedRound`; lists and mappings as JSON."""
+    """`CommittedRound` and, once it was taken back, `RolledBackRound`; lists and mappings as JSON."""
 
     __tablename__ = "rounds"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.job_id"), primary_key=True)
@@ -164,6 +166,8 @@ class Round(Base):
     stage_seconds_json: Mapped[str]
     uplink_bytes: Mapped[int] = mapped_column(BigInteger)
     committed_at: Mapped[float]
+    rolled_back_at: Mapped[float | None]
+    rolled_back_reason: Mapped[str] = mapped_column(server_default="")
 
     @classmethod
     def of(cls, record: CommittedRound) -> "Round":
@@ -180,6 +184,8 @@ class Round(Base):
             stage_seconds_json=_finite(record.stage_seconds),
             uplink_bytes=record.uplink_bytes,
             committed_at=record.committed_at,
+            rolled_back_at=None,
+            rolled_back_reason="",
         )
 
     def record(self) -> CommittedRound:
