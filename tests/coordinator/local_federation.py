@@ -254,7 +254,14 @@ def spec(**changes: object) -> JobSpec:
 class LocalCoordinator:
     """The driver, its files, and its loop in a task."""
 
-    def __init__(self, folder: Path, *, max_uploads: int = 8) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_uploads: int = 8,
+        clock: Callable[[], float] = time.time,
+        ticks: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.folder = folder
         self.worker = InlineWorker()
         self.store = Store.open(f"sqlite:///{folder}/coordinator.sqlite")
@@ -268,6 +275,8 @@ class LocalCoordinator:
             worker=self.worker,
             sessions=sessions,
             max_uploads=max_uploads,
+            clock=clock,
+            ticks=ticks,
         )
         self.loop: asyncio.Task[None] | None = None
         self.events: list[events.JobEvent] = []
@@ -357,10 +366,15 @@ class LocalCoordinator:
 
 @asynccontextmanager
 async def federation(
-    folder: Path, names: Sequence[str] = SITES, *, max_uploads: int = 8
+    folder: Path,
+    names: Sequence[str] = SITES,
+    *,
+    max_uploads: int = 8,
+    clock: Callable[[], float] = time.time,
+    ticks: Callable[[], float] = time.monotonic,
 ) -> AsyncIterator[tuple[LocalCoordinator, dict[str, LocalSite]]]:
     """A running coordinator, and sites that are not connected yet."""
-    coordinator = LocalCoordinator(folder, max_uploads=max_uploads)
+    coordinator = LocalCoordinator(folder, max_uploads=max_uploads, clock=clock, ticks=ticks)
     coordinator.start()
     try:
         yield coordinator, {name: LocalSite(name) for name in names}

@@ -106,6 +106,7 @@ class Driver:
         sessions: Path,
         max_uploads: int,
         clock: Callable[[], float] = time.time,
+        ticks: Callable[[], float] = time.monotonic,
         entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.federation = federation
@@ -115,7 +116,8 @@ class Driver:
         self._worker = worker
         self._sessions = sessions
         self._max_uploads = max_uploads
-        self._clock = clock
+        self._clock = clock  # what records say; it may jump
+        self._ticks = ticks  # what is waited for and measured by; it never jumps
         self._entropy = entropy
         self._inbox: asyncio.Queue[Happening] = asyncio.Queue(INBOX_LIMIT)
         self._peers: dict[str, Peer] = {}
@@ -132,6 +134,7 @@ class Driver:
             board=self.board,
             peers=self._peers,
             clock=clock,
+            ticks=ticks,
             later=self._post_later,
             spawn=self._spawn,
             report=self._report,
@@ -255,7 +258,7 @@ class Driver:
                 await self._check_model(self._run)
                 continue
             present = [peer.site for peer in self._peers.values()]
-            self._run, decision = rounds.decide(self._run, present, now=self._clock(), rand=self._entropy(16))
+            self._run, decision = rounds.decide(self._run, present, now=self._ticks(), rand=self._entropy(16))
             match decision:
                 case OpenAttempt(cohort):
                     await self._open_attempt(self._run, cohort)
@@ -273,7 +276,7 @@ class Driver:
     def _look_at(self, when: float) -> None:
         if self._look_timer is not None:
             self._look_timer.cancel()
-        delay = max(0.0, when - self._clock())
+        delay = max(0.0, when - self._ticks())
         self._look_timer = asyncio.get_running_loop().call_later(delay, self.post_soon, Look())
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
@@ -437,7 +440,7 @@ class Driver:
             training_config=config,
             model_size=model_size,
             slots=UploadSlots(self._max_uploads),
-            opened_at=self._clock(),
+            opened_at=self._ticks(),
         )
 
     async def _released(self, runner: SessionRunner, release: Release) -> None:
@@ -456,7 +459,7 @@ class Driver:
         assert isinstance(session.state, core.RemovingMasks)
         assert self._run is not None
         now, p = self._clock(), session.plan
-        session.enter_stage(None, now)
+        session.enter_stage(None, self._ticks())
         survivors = session.names(session.state.gathered.sets.u3)
         committed = CommittedRound(
             job_id=session.job_id,
@@ -472,7 +475,7 @@ class Driver:
             committed_at=now,
         )
         self._store.commit_round(committed)
-        self.board.publish(round_event(committed, seconds=now - session.opened_at))
+        self.board.publish(round_event(committed, seconds=self._ticks() - session.opened_at))
         log.info("round committed", job=p.job, round=p.round_number, attempt=p.attempt, survivors=len(survivors))
         run = rounds.after_commit(self._run, model=model, survivors=survivors)
         if run is None:
@@ -497,7 +500,7 @@ class Driver:
                 reason=state.reason,
                 excluded={**session.excluded, **(blamed if disputed else {})},
                 barred={} if disputed else blamed,
-                now=now,
+                now=self._ticks(),
                 drops=session.drops,
             )
             answered = recovery.answered_on(self._store, session.job_id, p.model_digest)

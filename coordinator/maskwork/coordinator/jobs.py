@@ -165,7 +165,7 @@ class JobDesk:
     def _rounds(self, job_id: str) -> tuple[RoundCommitted, ...]:
         opened = {a.session_id: a.opened_at for a in self._store.attempts(job_id)}
         return tuple(
-            round_event(committed, seconds=committed.committed_at - opened[committed.session_id])
+            round_event(committed, seconds=max(0.0, committed.committed_at - opened[committed.session_id]))
             for committed in self._store.rounds(job_id)
         )
 

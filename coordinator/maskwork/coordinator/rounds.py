@@ -59,8 +59,8 @@ class JobRun:
         excluded: sites left out until they connect anew, each with why.
         barred: sites convicted of dishonesty, left out of the rest of the job, each with why.
         failures: attempts at this round that came to nothing.
-        not_before: time before which no attempt is opened (seconds since the epoch).
-        ready_since: since when the minimum cohort has been there.
+        not_before: time before which no attempt is opened, by the clock that never jumps.
+        ready_since: since when the minimum cohort has been there, by the same clock.
         only: when unmasking was asked for on this model: the survivors, the one cohort that sites answer for again.
         settled: the sites that the last attempt was opened with; while they are all there, nobody else is waited for.
         rolled_back: rounds that were taken back because their models were damaged; their numbers are used up.
@@ -118,7 +118,7 @@ def decide(run: JobRun, present: Collection[PresentSite], *, now: float, rand: b
     Args:
         run: where it stands.
         present: every connected site.
-        now: seconds since the epoch.
+        now: seconds by a clock that never jumps.
         rand: fresh bytes; they choose who takes part when more sites than wanted are there.
     """
     if run.failures >= run.spec.max_attempts or run.repeats >= SAME_ANSWERS:

@@ -57,6 +57,7 @@ class Surroundings:
     """What a session needs of the process that it runs in.
 
     `later(seconds, event)` posts a protocol event after a while and returns its timer; `spawn` starts background work;
+    `clock` is what records say, `ticks` what is measured by;
     `released` reports what unmasking gave.
     """
 
@@ -66,6 +67,7 @@ class Surroundings:
     board: EventBoard
     peers: Mapping[str, Peer]
     clock: Callable[[], float]
+    ticks: Callable[[], float]
     later: Callable[[float, bytes, core.Event], asyncio.TimerHandle]
     spawn: Callable[[Coroutine[None, None, None]], None]
     report: Callable[[bytes, Release | core.Cancelled], Awaitable[None]]
@@ -201,7 +203,7 @@ class SessionRunner:
 
     def _stage_opened(self, stage: core.Stage, expected: Members) -> None:
         session = self.session
-        session.enter_stage(stage, self._around.clock())
+        session.enter_stage(stage, self._around.ticks())
         seconds = deadline_s(session.plan, stage)
         session.timers[stage] = self._around.later(seconds, session.id, core.DeadlinePassed(stage))
         self._publish(events.StageOpened(*self._when(), stage=stage.value, expected=session.names(expected)))
