@@ -8,6 +8,7 @@ Rule: the text never carries a secret (a key, a share, a mask), since it is prin
 """
 
 import errno
+import os
 from collections.abc import Callable
 from pathlib import PurePath
 
@@ -31,9 +32,9 @@ class StoreError(UserError):
         self.file = str(file)
         self.remedy = remedy
 
-    def __reduce__(self) -> tuple[Callable[..., "StoreError"], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[Callable[..., "StoreError"], tuple[type["StoreError"], str, str, str]]:
         """Pickle by its parts, so that it arrives from a worker process as what it is."""
-        return _store_error, (self.what, self.file, self.remedy)
+        return _store_error, (type(self), self.what, self.file, self.remedy)
 
     @classmethod
     def from_cause(cls, cause: BaseException, *, file: str | PurePath) -> "StoreError":
@@ -52,17 +53,45 @@ class StoreError(UserError):
             said = None
         if said is None:
             return cls(f"could not be used ({cause})", file=file, remedy="Check the disk and the system's log.")
+        if said is _NO_ACCESS and _no_descriptor_is_left():
+            said = _NO_DESCRIPTORS  # SQLite says no more than that it cannot open the file
         what, remedy = said
-        return cls(f"{what} ({cause})", file=file, remedy=remedy)
+        kind = StorageUnavailable if said in _PASSING else cls
+        return kind(f"{what} ({cause})", file=file, remedy=remedy)
 
 
-def _store_error(what: str, file: str, remedy: str) -> StoreError:
-    return StoreError(what, file=file, remedy=remedy)
+class StorageUnavailable(StoreError):
+    """The disk is full or read-only, or no file can be opened any more: mended, the same can be done again."""
+
+
+def storage_unavailable(cause: BaseException, *, file: str | PurePath) -> StorageUnavailable | None:
+    """What an error says about storage that may be there again later; None if it says something else."""
+    if isinstance(cause, StorageUnavailable):
+        return cause
+    told = StoreError.from_cause(cause, file=file) if isinstance(cause, OSError) else None
+    return told if isinstance(told, StorageUnavailable) else None
+
+
+def _store_error(kind: type[StoreError], what: str, file: str, remedy: str) -> StoreError:
+    return kind(what, file=file, remedy=remedy)
+
+
+def _no_descriptor_is_left() -> bool:
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    return False
 
 
 _DISK_FULL = ("the disk is full", "Free some space on it; nothing half-written is kept, so a restart is safe.")
 _READ_ONLY = ("is read-only", "Give the service's user the right to write it, and mount its file system writable.")
 _NO_ACCESS = ("cannot be opened", "Check that its directory exists and that the service's user may write there.")
+_NO_DESCRIPTORS = (
+    "cannot be opened: this process has as many files open as it may",
+    "Raise its limit (LimitNOFILE= in a systemd unit, ulimit -n in a shell), then start it again.",
+)
+_PASSING = (_DISK_FULL, _READ_ONLY, _NO_DESCRIPTORS)
 _LOCKED = ("is locked by another process", "Stop the other process that has it open, then start again.")
 _DAMAGED = ("is damaged or not a database", "Move it away and restore the last backup; do not delete its -wal file.")
 _FAULTY = ("the disk reported a fault", "Check the disk and the system's log before starting again.")
@@ -82,6 +111,9 @@ _SQLITE_SAYS = {
 _ERRNO_SAYS = {
     errno.ENOSPC: _DISK_FULL,
     errno.EDQUOT: _DISK_FULL,
+    errno.EFBIG: _DISK_FULL,
+    errno.EMFILE: _NO_DESCRIPTORS,
+    errno.ENFILE: _NO_DESCRIPTORS,
     errno.EROFS: _READ_ONLY,
     errno.EACCES: _NO_ACCESS,
     errno.EPERM: _NO_ACCESS,

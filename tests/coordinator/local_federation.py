@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -261,9 +261,11 @@ class LocalCoordinator:
         max_uploads: int = 8,
         clock: Callable[[], float] = time.time,
         ticks: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        worker: InlineWorker | None = None,
     ) -> None:
         self.folder = folder
-        self.worker = InlineWorker()
+        self.worker = InlineWorker() if worker is None else worker
         self.store = Store.open(f"sqlite:///{folder}/coordinator.sqlite")
         self.models = ModelStore(folder / "models")
         sessions = folder / "sessions"
@@ -277,6 +279,7 @@ class LocalCoordinator:
             max_uploads=max_uploads,
             clock=clock,
             ticks=ticks,
+            pause=pause,
         )
         self.loop: asyncio.Task[None] | None = None
         self.events: list[events.JobEvent] = []
@@ -372,9 +375,13 @@ async def federation(
     max_uploads: int = 8,
     clock: Callable[[], float] = time.time,
     ticks: Callable[[], float] = time.monotonic,
+    pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    worker: InlineWorker | None = None,
 ) -> AsyncIterator[tuple[LocalCoordinator, dict[str, LocalSite]]]:
     """A running coordinator, and sites that are not connected yet."""
-    coordinator = LocalCoordinator(folder, max_uploads=max_uploads, clock=clock, ticks=ticks)
+    coordinator = LocalCoordinator(
+        folder, max_uploads=max_uploads, clock=clock, ticks=ticks, pause=pause, worker=worker
+    )
     coordinator.start()
     try:
         yield coordinator, {name: LocalSite(name) for name in names}

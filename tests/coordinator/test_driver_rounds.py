@@ -102,14 +102,14 @@ async def test_a_session_that_aborts_is_followed_by_a_new_attempt_with_another_s
 async def test_attempts_end_with_the_job_when_they_are_used_up(tmp_path: Path) -> None:
     async with federation(tmp_path, SITES[:3]) as (coordinator, sites):
         coordinator.add_job(max_attempts=2)
-        coordinator.worker.failures["make_durable"] = [WorkerDied("out of memory"), OSError(28, "No space left")]
+        coordinator.worker.failures["make_durable"] = [WorkerDied("out of memory"), OSError(5, "Input/output error")]
         await connect_all(coordinator, sites)
         record = await coordinator.until_ended()
         assert record.state is JobState.FAILED
         assert record.reason.startswith("round 1 failed 2 times. The last time: aggregation-failed")
         assert [a.reason for a in coordinator.store.attempts("job-1")] == [
             "aggregation-failed: out of memory",
-            "aggregation-failed: [Errno 28] No space left",
+            "aggregation-failed: [Errno 5] Input/output error",
         ]
 
 

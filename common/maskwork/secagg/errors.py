@@ -45,6 +45,7 @@ class AbortReason(StrEnum):
     # Either half.
     TOO_FEW_PARTICIPANTS = "too-few-participants"
     CANCELLED = "cancelled"
+    STORAGE_FAILED = "storage-failed"
     # The coordinator's half.
     COMPLAINT_UPHELD = "complaint-upheld"
     COMPLAINT_REJECTED = "complaint-rejected"

@@ -14,7 +14,7 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import assert_never
@@ -22,7 +22,7 @@ from typing import assert_never
 import structlog
 
 from maskwork import job_events as events
-from maskwork.coordinator import aggregation, recovery, rounds
+from maskwork.coordinator import recovery, rounds
 from maskwork.coordinator.aggregation import Convicted, Implausible, Release, Released
 from maskwork.coordinator.board import EventBoard
 from maskwork.coordinator.happenings import (
@@ -36,6 +36,7 @@ from maskwork.coordinator.happenings import (
     PeerSaid,
     ReleaseDone,
     SessionEvent,
+    StorageFailed,
     UploadBegan,
     UploadEnded,
 )
@@ -51,12 +52,13 @@ from maskwork.coordinator.records import (
     ResumeRecord,
 )
 from maskwork.coordinator.recovery import JobLost
+from maskwork.coordinator.room import make_room
 from maskwork.coordinator.rounds import GiveUp, JobRun, OpenAttempt, PresentSite, Wait
 from maskwork.coordinator.runner import SessionRunner, Surroundings, Worker
 from maskwork.coordinator.session import ActiveSession, public_keys, shape_of
 from maskwork.coordinator.spool import Spool, UploadSlots
 from maskwork.coordinator.store import Store
-from maskwork.errors import StoreError
+from maskwork.errors import StorageUnavailable
 from maskwork.metrics import means
 from maskwork.secagg import keys, server
 from maskwork.secagg import server_states as core
@@ -107,6 +109,7 @@ class Driver:
         max_uploads: int,
         clock: Callable[[], float] = time.time,
         ticks: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
         entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.federation = federation
@@ -135,6 +138,7 @@ class Driver:
             peers=self._peers,
             clock=clock,
             ticks=ticks,
+            pause=pause,
             later=self._post_later,
             spawn=self._spawn,
             report=self._report,
@@ -221,6 +225,10 @@ class Driver:
             case UploadEnded(session, member):
                 if (runner := self._runner_of(session)) is not None:
                     await runner.upload_ended(member)
+            case StorageFailed(session, error):
+                runner = self._runner_of(session)
+                if runner is not None and isinstance(runner.session.state, core.CollectingUpdates):
+                    await runner.step(core.Cancelled(AbortReason.STORAGE_FAILED, str(error)))
             case SessionEvent(session, event):
                 if (runner := self._runner_of(session)) is not None:
                     await runner.step(event)
@@ -384,18 +392,18 @@ class Driver:
         identifier = session_id(plan_bytes)
         signed = keys.signed_message("plan", session=identifier, sender=keys.COORDINATOR_INDEX, fields=b"")
         signature = self.federation.signer.sign(signed)
-        now = self._clock()
-        self._store.open_attempt(
-            AttemptRecord(run.job_id, run.round_number, run.attempt, identifier, plan_bytes, signature, now)
-        )
         certificates = tuple(self._peers[site.name].certificate for site in cohort)
         started = server.begin(Proposal(plan_bytes, signature, plan), public_keys(certificates))
         session = self._new_session(run.job_id, started.state, certificates, config=config, model_size=model_size)
         try:
-            session.folder.mkdir(parents=True)
-            aggregation.create_accumulator(session.accumulator, session.shape)
-        except OSError as error:
-            raise StoreError.from_cause(error, file=session.folder) from error
+            make_room(session, self._models.directory)
+        except StorageUnavailable as error:
+            self._run = rounds.put_off(run, str(error), now=self._ticks())
+            return
+        now = self._clock()
+        self._store.open_attempt(
+            AttemptRecord(run.job_id, run.round_number, run.attempt, identifier, plan_bytes, signature, now)
+        )
         runner = self._runner = SessionRunner(session, self._around)
         self._waiting_told = ""
         self.board.publish(
@@ -502,6 +510,7 @@ class Driver:
                 barred={} if disputed else blamed,
                 now=self._ticks(),
                 drops=session.drops,
+                detail=state.detail,
             )
             answered = recovery.answered_on(self._store, session.job_id, p.model_digest)
             self._run = rounds.repeat_only(self._run, answered)

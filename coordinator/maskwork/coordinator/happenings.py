@@ -12,6 +12,7 @@ from typing import TypeAlias
 from maskwork.coordinator.aggregation import Release
 from maskwork.coordinator.peers import Peer
 from maskwork.coordinator.records import JobRecord
+from maskwork.errors import StoreError
 from maskwork.secagg import server_states as core
 from maskwork.secagg.messages import ParticipantMessage
 from maskwork.wire.codec import UploadReady
@@ -65,6 +66,14 @@ class UploadEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class StorageFailed:
+    """What a session needs cannot be written here now: the disk is full, or the like."""
+
+    session: bytes
+    error: StoreError
+
+
+@dataclass(frozen=True, slots=True)
 class SessionEvent:
     """Something for the protocol: a timer or the worker speaks."""
 
@@ -108,6 +117,7 @@ Happening: TypeAlias = (
     | PeerMisbehaved
     | UploadBegan
     | UploadEnded
+    | StorageFailed
     | SessionEvent
     | ReleaseDone
     | JobAborted

@@ -31,6 +31,9 @@ from maskwork.secagg.plan import (
 
 FIRST_RETRY_S = 0.05
 LONGEST_RETRY_S = 15.0
+FIRST_PUT_OFF_S = 1.0
+LONGEST_PUT_OFF_S = 60.0
+"""While this machine's disk is full nothing is lost by waiting, and each try costs every site a training."""
 SAME_ANSWERS = 3
 """A round whose sites withdraw for the same reasons so many times again will not come out differently."""
 
@@ -63,6 +66,7 @@ class JobRun:
         ready_since: since when the minimum cohort has been there, by the same clock.
         only: when unmasking was asked for on this model: the survivors, the one cohort that sites answer for again.
         settled: the sites that the last attempt was opened with; while they are all there, nobody else is waited for.
+        put_offs: attempts put off in a row, since the storage here could not take them; they are no failures.
         rolled_back: rounds that were taken back because their models were damaged; their numbers are used up.
         taken_back: why the last of them were, until the next commit; empty if none were.
     """
@@ -83,6 +87,7 @@ class JobRun:
     settled: frozenset[str] = frozenset()
     last_abort: str = ""
     repeats: int = 0
+    put_offs: int = 0
     rolled_back: int = 0
     taken_back: str = ""
 
@@ -135,7 +140,11 @@ def decide(run: JobRun, present: Collection[PresentSite], *, now: float, rand: b
     since = now if run.ready_since is None else run.ready_since
     waiting = replace(run, ready_since=since)
     if now < run.not_before:
-        return waiting, Wait(f"retrying round {run.round_number} after {run.last_abort}", run.not_before)
+        if run.put_offs:
+            why = f"round {run.round_number} goes on by itself once the coordinator can store it: {run.last_abort}"
+        else:
+            why = f"retrying round {run.round_number} after {run.last_abort}"
+        return waiting, Wait(why, run.not_before)
     names = {s.name for s in usable}
     settled = run.settled - run.excluded.keys() - run.barred.keys()
     complete = names in (set(cohort.participants), run.only) or (bool(settled) and settled <= names)
@@ -154,12 +163,17 @@ def after_abort(
     barred: Mapping[str, str],
     now: float,
     drops: Mapping[str, str] | None = None,
+    detail: str = "",
 ) -> JobRun:
     """The job after an attempt that came to nothing: a new attempt number, a pause that grows, the blamed left out.
 
     `drops` says why each site was dropped in it; an attempt that only repeats what sites said the last time counts
-    towards `SAME_ANSWERS`.
+    towards `SAME_ANSWERS`. One that this machine's storage put an end to is no failure of anybody's, however often it
+    happens: it is tried again, later and later, with `detail` as the reason.
     """
+    if reason is AbortReason.STORAGE_FAILED:
+        following = replace(run, attempt=run.attempt + 1, excluded={**run.excluded, **excluded})
+        return put_off(following, detail, now=now)
     why = "; ".join([reason.value, *(f"{name}: {said}" for name, said in sorted((drops or {}).items()))])
     answered = bool(drops) and all(said.startswith("withdrew") for said in (drops or {}).values())
     pause = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** min(run.failures, 20))
@@ -173,7 +187,14 @@ def after_abort(
         barred={**run.barred, **barred},
         last_abort=why,
         repeats=run.repeats + 1 if answered and why == run.last_abort else 0,
+        put_offs=0,
     )
+
+
+def put_off(run: JobRun, why: str, *, now: float) -> JobRun:
+    """The job when the storage here cannot take an attempt: looked at again after a pause that grows."""
+    pause = min(LONGEST_PUT_OFF_S, FIRST_PUT_OFF_S * 2 ** min(run.put_offs, 20))
+    return replace(run, put_offs=run.put_offs + 1, not_before=now + pause, ready_since=None, last_abort=why)
 
 
 def after_commit(run: JobRun, *, model: bytes, survivors: tuple[str, ...]) -> JobRun | None:
@@ -192,6 +213,7 @@ def after_commit(run: JobRun, *, model: bytes, survivors: tuple[str, ...]) -> Jo
         ready_since=None,
         last_abort="",
         repeats=0,
+        put_offs=0,
         taken_back="",
     )
 

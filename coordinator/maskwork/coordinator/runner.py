@@ -16,7 +16,7 @@ from typing import ParamSpec, Protocol, TypeVar, assert_never
 import structlog
 
 from maskwork import job_events as events
-from maskwork.coordinator import aggregation
+from maskwork.coordinator import aggregation, rounds
 from maskwork.coordinator.aggregation import Release, ReleaseRequest
 from maskwork.coordinator.board import EventBoard
 from maskwork.coordinator.models import ModelStore
@@ -24,6 +24,7 @@ from maskwork.coordinator.peers import Peer
 from maskwork.coordinator.records import DropRecord, EvidenceRecord, ResumeRecord
 from maskwork.coordinator.session import KEPT_OUT_UNTIL_RECONNECT, ActiveSession, deadline_s
 from maskwork.coordinator.store import Store
+from maskwork.errors import storage_unavailable
 from maskwork.secagg import server
 from maskwork.secagg import server_states as core
 from maskwork.secagg.errors import AbortReason, DropReason
@@ -68,6 +69,7 @@ class Surroundings:
     peers: Mapping[str, Peer]
     clock: Callable[[], float]
     ticks: Callable[[], float]
+    pause: Callable[[float], Awaitable[None]]
     later: Callable[[float, bytes, core.Event], asyncio.TimerHandle]
     spawn: Callable[[Coroutine[None, None, None]], None]
     report: Callable[[bytes, Release | core.Cancelled], Awaitable[None]]
@@ -97,7 +99,9 @@ class SessionRunner:
             for effect in step.effects:
                 await self._perform(effect)
         except (WorkerDied, WorkerFault, ValueError, OSError) as error:
-            await self.step(core.Cancelled(AbortReason.AGGREGATION_FAILED, str(error)))
+            short = storage_unavailable(error, file=self.session.folder)
+            reason = AbortReason.AGGREGATION_FAILED if short is None else AbortReason.STORAGE_FAILED
+            await self.step(core.Cancelled(reason, str(short or error)))
 
     async def _perform(self, effect: core.Effect) -> None:
         match effect:
@@ -294,13 +298,24 @@ class SessionRunner:
             model=p.model_digest,
             metadata=(("federation", p.federation), ("job", p.job), ("round", str(p.round_number))),
         )
-        for left in reversed(range(RELEASE_TRIES)):
+        left, pause = RELEASE_TRIES, rounds.FIRST_PUT_OFF_S
+        while left:
             try:
                 await self._around.report(session.id, await self._around.worker.call(aggregation.release, request))
                 return
             except Exception as error:  # whatever it is, the session must not wait for ever for a sum
-                log.error("unmasking failed", job=session.job_id, detail=str(error), tries_left=left)
                 detail = str(error)
+                short = storage_unavailable(error, file=session.folder)
+            if short is not None:
+                # Everything that the sum needs is on the disk: it is worth waiting for as long as it takes.
+                why = f"round {p.round_number} is complete but for its model, written once this is mended: {short}"
+                log.error("waiting", job=session.job_id, why=why)
+                self._publish(events.Waiting(session.job_id, self._around.clock(), why, tuple(self._around.peers)))
+                await self._around.pause(pause)
+                pause = min(2 * pause, rounds.LONGEST_PUT_OFF_S)
+                continue
+            left -= 1
+            log.error("unmasking failed", job=session.job_id, detail=detail, tries_left=left)
         await self._around.report(session.id, core.Cancelled(AbortReason.AGGREGATION_FAILED, detail))
 
     def forget(self) -> None:

@@ -19,6 +19,7 @@ from maskwork.coordinator.happenings import (
     PeerGone,
     PeerMisbehaved,
     PeerSaid,
+    StorageFailed,
     UploadBegan,
     UploadEnded,
 )
@@ -127,7 +128,9 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
         except UploadRefused as error:
             raise Refused(Refusal.INVALID, "the chunk does not continue the upload") from error
         except OSError as error:
-            raise StoreError.from_cause(error, file=spool.path) from error
+            failure = StoreError.from_cause(error, file=spool.path)
+            self._driver.post_soon(StorageFailed(session, failure))
+            raise failure from error
         return federation_pb2.UploadResponse(received=spool.received)
 
     async def Download(
