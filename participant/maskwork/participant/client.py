@@ -34,7 +34,9 @@ log = structlog.get_logger("maskwork.participant")
 
 FIRST_BACKOFF_S = 0.2
 LONGEST_BACKOFF_S = 5.0
-BACKOFF_GROWTH = 1.7
+BACKOFF_GROWTH = 1.25
+"""So a pause is about a quarter of the time that the coordinator has been away: a site is soon back after a restart of
+seconds, and dials every few seconds while nobody answers for hours."""
 WELCOME_TIMEOUT_S = 15.0
 HANG_UP_S = 2.0
 _SEGMENTS = {Segment.UPDATE: federation_pb2.SEGMENT_UPDATE, Segment.STATISTICS: federation_pb2.SEGMENT_STATISTICS}
@@ -109,7 +111,7 @@ class CoordinatorLink:
                 backoff = FIRST_BACKOFF_S
             # Jitter spreads a federation's reconnects after the coordinator restarts; it needs no secrecy.
             await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311
-            backoff = min(LONGEST_BACKOFF_S, backoff * BACKOFF_GROWTH)
+            backoff = next_backoff(backoff)
 
     def send(self, session: bytes, message: Request) -> None:
         """Send a message if connected; if not, the coordinator asks again once we are back."""
@@ -215,6 +217,11 @@ class CoordinatorLink:
                 self._files, self._target, now=time.time(), role=Role.PARTICIPANT, reason=probed
             )
         log.warning("not connected", coordinator=self._target, detail=reason)
+
+
+def next_backoff(backoff_s: float) -> float:
+    """The pause after a pause that led to nothing; both are upper ends, of which jitter takes up to a half."""
+    return min(LONGEST_BACKOFF_S, backoff_s * BACKOFF_GROWTH)
 
 
 async def _requests(
