@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.coordinator.local_federation import (
+    FOUR,
     SITES,
     LocalCoordinator,
     LocalSite,
@@ -18,6 +19,7 @@ from tests.coordinator.local_federation import (
     model_of,
 )
 
+from maskwork import job_events as events
 from maskwork.coordinator.records import AttemptOutcome, JobState
 from maskwork.secagg.messages import (
     AdvertiseKeys,
@@ -96,6 +98,26 @@ async def test_after_unmasking_was_asked_for_a_restart_resumes_that_very_session
         again = [m for m in sites["site-a"].said if isinstance(m, Unmask)]
         assert again == [*answers, *answers]
         assert restarted.store.resume_record("job-1") is None
+
+
+async def test_after_a_restart_nobody_waits_for_a_site_that_the_last_attempt_had_lost(tmp_path: Path) -> None:
+    coordinator, sites = LocalCoordinator(tmp_path), {name: LocalSite(name) for name in SITES}
+    coordinator.start()
+    coordinator.add_job(cohort=FOUR.model_dump(), deadlines={"reconnect_s": 0.01})
+    sites["site-c"].silent = {UploadReady}  # holds the attempt open
+    await connect_all(coordinator, sites)
+    await sites["site-c"].until_heard(DeliveredShares)
+    await sites["site-d"].disconnect()
+    await coordinator.until(lambda e: isinstance(e, events.Dropped) and e.participant == "site-d")
+    await coordinator.crash()
+    async with federation(tmp_path) as (restarted, _):
+        for name in SITES[:3]:
+            sites[name]._pump.cancel()  # type: ignore[union-attr]  # it was connected
+            sites[name].silent = set()
+            await sites[name].connect(restarted.driver, active=True)
+        # The job would wait a minute for its fourth site if the last attempt were forgotten.
+        assert (await restarted.until_ended()).state is JobState.COMPLETED
+        assert [a.outcome for a in restarted.store.attempts("job-1")][-1] is AttemptOutcome.COMMITTED
 
 
 async def test_a_resumed_session_is_found_from_another_working_directory(

@@ -70,6 +70,7 @@ def run_of(record: JobRecord, *, store: Store, models: ModelStore) -> JobRun:
         record.current_model,
         schema.size,
         store.last_survivors(record.job_id),
+        settled=still_there(store, record.job_id),
         rolled_back=record.rolled_back,
         taken_back=taken_back,
     )
@@ -80,6 +81,16 @@ def answered_on(store: Store, job_id: str, model: bytes) -> tuple[str, ...]:
     """The survivors whose unmasking was asked for on a model; none if it never was."""
     sets = [released.survivors for released in store.releases(job_id) if released.base_model == model]
     return sets[-1] if sets else ()
+
+
+def still_there(store: Store, job_id: str) -> frozenset[str]:
+    """The sites of the last attempt without those that it lost: after a restart no other need be waited for."""
+    attempts = store.attempts(job_id)
+    if not attempts:
+        return frozenset()
+    last = attempts[-1]
+    lost = {drop.participant for drop in store.drops(job_id, last.round_number) if drop.attempt == last.attempt}
+    return frozenset(entry.participant for entry in codec.decode_plan(last.plan_bytes).roster) - lost
 
 
 def restore(resume: ResumeRecord) -> RestoredSession:
