@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 SOURCES := common coordinator participant tests scripts benchmarks
 
 SHELL := bash
-.PHONY: sim mutants-client demo test check fmt fmt-check lint types imports layout protos protos-check vectors-check docs-check mutants lock clean
+.PHONY: sim mutants-client demo test check fmt fmt-check lint types imports layout protos protos-check vectors-check docs-check mutants lock clean chaos
 
 demo: $(STAMP)          ## the main job: one coordinator, five sites, two of them killed on the way
 	$(BIN)/maskwork demo
@@ -69,6 +69,11 @@ mutants-client: $(STAMP)
 
 sim: $(STAMP)           ## simulated federations, one for each seed: every failure that a seed can think of, every invariant checked
 	$(BIN)/python -m tests.simulation --seeds $(SEEDS) --out runs/simulation.json
+
+KILLS ?= 100
+SEED  ?=
+chaos: $(STAMP)         ## real processes, killed, stopped and cut: make chaos [KILLS=100] [SEED=…]
+	$(BIN)/python -m tests.chaos --kills $(KILLS) $(if $(SEED),--seed $(SEED))
 
 lock: $(STAMP)
 	$(BIN)/python scripts/lock.py

@@ -5,6 +5,7 @@ for at most `PATIENCE_S`. Not a test itself.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -33,16 +34,19 @@ Line = dict[str, Any]
 
 
 class Service:
-    """One process of ours, with every line that it logged."""
+    """One process of ours, with every line that it logged, kept in a file as well if there is a `log`."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path | None = None) -> None:
         self.name, self.process = name, process
         self.lines: list[Line] = []
+        self._log: BinaryIO | None = None if log is None else log.open("xb", buffering=0)
         self._grew = asyncio.Condition()
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
-    async def start(cls, name: str, *arguments: str, environment: dict[str, str] | None = None) -> "Service":
+    async def start(
+        cls, name: str, *arguments: str, environment: dict[str, str] | None = None, log: Path | None = None
+    ) -> "Service":
         process = await asyncio.create_subprocess_exec(
             MASKWORK,
             *arguments,
@@ -50,11 +54,13 @@ class Service:
             stderr=asyncio.subprocess.PIPE,
             env={**os.environ, **(environment or {})},
         )
-        return cls(name, process)
+        return cls(name, process, log)
 
     async def _read(self) -> None:
         assert self.process.stderr is not None
         async for raw in self.process.stderr:
+            if self._log is not None:
+                self._log.write(raw)
             text = raw.decode(errors="replace").rstrip()
             try:
                 line = json.loads(text)
@@ -66,6 +72,8 @@ class Service:
         async with self._grew:
             self.lines.append({"event": "", "end": True})
             self._grew.notify_all()
+        if self._log is not None:
+            self._log.close()
 
     async def logged(self, event: str, *, count: int = 1, since: int = 0, **fields: object) -> Line:
         """The `count`th line with this event and these fields, from line `since` on."""
@@ -221,10 +229,10 @@ class Watch:
 
 
 class World:
-    """A federation called "ward" in one folder."""
+    """A federation called "ward" in one folder; with `logs`, what each process says is kept there, a file each."""
 
-    def __init__(self, home: Path) -> None:
-        self.home = home
+    def __init__(self, home: Path, *, logs: Path | None = None) -> None:
+        self.home, self.logs = home, logs
         self.authority = Authority.create("ward", now=time.time())
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
@@ -253,14 +261,19 @@ class World:
         (self.home / "policy.toml").write_text("min_weight_cap = 1\n")  # these sites have ten examples each
         keys = {"coordinator": self.address, "identity": f"participant-{site}", "state": f"state-{site}"}
         keys |= {"policy": "policy.toml", **changes}
-        options = {"gate": str(self.gate.path), "site": site, "step": 0.25 * (1 + SITES.index(site))}
+        name, use, options = self.task(site)
         path = self.home / f"{site}-{len(self.all)}.toml"
         path.write_text(
             "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
-            + '[tasks.gated]\nuse = "gated_task:Gated"\n[tasks.gated.options]\n'
+            + f"[tasks.{name}]\nuse = {json.dumps(use)}\n[tasks.{name}.options]\n"
             + "".join(f"{key} = {json.dumps(value)}\n" for key, value in options.items())
         )
         return path
+
+    def task(self, site: str) -> tuple[str, str, dict[str, object]]:
+        """What a site trains: the task's name, its import path and its options."""
+        options = {"gate": str(self.gate.path), "site": site, "step": 0.25 * (1 + SITES.index(site))}
+        return "gated", "gated_task:Gated", options
 
     async def start_coordinator(self) -> Service:
         self.coordinator = await self.start("coordinator", "coordinator", self.coordinator_config())
@@ -274,7 +287,10 @@ class World:
     async def start(self, name: str, group: str, config: Path, *, environment: dict[str, str] | None = None) -> Service:
         task = {"PYTHONPATH": str(Path(__file__).parent)}
         service = await Service.start(
-            name, group, "run", "--config", str(config), environment=task if environment is None else environment
+            name,
+            *(group, "run", "--config", str(config)),
+            environment=task if environment is None else environment,
+            log=None if self.logs is None else self.logs / f"{len(self.all):04}-{name}.log",
         )
         self.all.append(service)
         return service
@@ -328,3 +344,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def descendants(pid: int) -> list[int]:
+    """A process, its children, and theirs."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            fields = stat.read_text().rpartition(")")[2].split()
+            parents[int(stat.parent.name)] = int(fields[1])
+    found = [pid]
+    for parent in found:
+        found += [child for child, of in parents.items() if of == parent]
+    return found

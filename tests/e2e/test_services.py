@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import pytest_asyncio
-from tests.e2e.services import PATIENCE_S, SITES, Service, Watch, World, free_port, spec
+from tests.e2e.services import PATIENCE_S, SITES, Service, Watch, World, descendants, free_port, spec
 
 from maskwork import job_events as events
 from maskwork.errors import UserError
@@ -201,19 +201,6 @@ async def test_the_coordinator_and_its_worker_hold_no_torch_after_all_these_roun
     trainers = descendants(world.sites["site-a"].process.pid)
     assert any("libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in trainers)
     assert "libtorch" not in Path(f"/proc/{trainers[0]}/maps").read_text()  # the agent itself stays small
-
-
-def descendants(pid: int) -> list[int]:
-    """A process, its children, and theirs."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended
-            fields = stat.read_text().rpartition(")")[2].split()
-            parents[int(stat.parent.name)] = int(fields[1])
-    found = [pid]
-    for parent in found:
-        found += [child for child, of in parents.items() if of == parent]
-    return found
 
 
 async def test_everybody_ends_in_order_in_the_middle_of_a_round(world: World) -> None:
