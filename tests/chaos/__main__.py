@@ -36,6 +36,8 @@ def main(arguments: Sequence[str]) -> int:
     home.mkdir(parents=True)  # a folder that exists holds another run
     command = f"python -m tests.chaos --kills {options.kills} --seed {seed}"
     print(f"{command}: in {home}")
+    if options.kills < 1:
+        parser.error(f"--kills is 1 or more, not {options.kills}")
     started = time.monotonic()
 
     def say(text: str) -> None:
@@ -51,9 +53,8 @@ def main(arguments: Sequence[str]) -> int:
 
 async def run(home: Path, *, seed: int, kills: int, rounds: int, say: Callable[[str], None]) -> Figures:
     """Do a whole run in an empty folder, and judge it."""
-    plan = planned(seed, kills)
     federation = Federation(home)
-    campaign = Campaign(federation, plan, rounds=rounds, say=say)
+    campaign = Campaign(federation, planned(seed), kills=kills, rounds=rounds, say=say)
     started = time.monotonic()
     try:
         await campaign.run()

@@ -8,15 +8,14 @@ everything runs again, a round is committed within `PROGRESS_S`.
 
 import asyncio
 import contextlib
-import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tests.chaos.federation import COORDINATOR, Federation
 from tests.chaos.known_update import SITES
-from tests.chaos.plan import COMMIT, RECOVERY, Kind, Planned
+from tests.chaos.plan import COMMIT, KILLS, RECOVERY, Kind, Planned
 from tests.chaos.watcher import Mending, Wanted, Watcher
 
 from maskwork import job_events as events
@@ -57,12 +56,13 @@ class Campaign:
     """
 
     def __init__(
-        self, federation: Federation, plan: Sequence[Planned], *, rounds: int, say: Callable[[str], None]
+        self, federation: Federation, plan: Iterator[Planned], *, kills: int, rounds: int, say: Callable[[str], None]
     ) -> None:
         self.struck: list[Struck] = []
         self.stuck: list[str] = []
         self._federation = federation
         self._plan = plan
+        self._kills = kills
         self._rounds = rounds
         self._say = say
         self._watcher = Watcher(federation)
@@ -145,13 +145,15 @@ class Campaign:
     # --- faults ---------------------------------------------------------------------------------------------------
 
     async def _strike_all(self) -> None:
-        for number, fault in enumerate(self._plan, 1):
+        while (kills := sum(s.kind in KILLS for s in self.struck)) < self._kills:
+            fault = next(self._plan)
             if fault.moment != RECOVERY:
                 await self._moment(fault)
             await asyncio.sleep(fault.delay_s)
-            struck = await self._strike(fault)
+            if (struck := await self._strike(fault)) is None:
+                continue
             self.struck.append(struck)
-            self._say(f"{number} of {len(self._plan)}: {struck.kind}, {struck.victim}, at {struck.landed}")
+            self._say(f"{kills} of {self._kills} kills; {struck.kind}, {struck.victim}, at {struck.landed}")
             if fault.waits:
                 await self._progress()
             if self.stuck:
@@ -174,10 +176,14 @@ class Campaign:
         with contextlib.suppress(TimeoutError):
             await self._next(begins, since=len(self._watcher.seen), patience_s=MOMENT_WITHIN_S)
 
-    async def _strike(self, fault: Planned) -> Struck:
+    async def _strike(self, fault: Planned) -> Struck | None:
+        """Do it; None: there was nothing to do it to, such as a worker that is only started when it is needed."""
         federation, mend = self._federation, self._mending.do
         victim = await self._victim(fault)
         landed, at = self._watcher.moment(), time.time()
+        if fault.kind in (Kind.KILL_TRAINER, Kind.KILL_AGGREGATOR):
+            killed = federation.kill_workers(victim)
+            return Struck(fault.kind, fault.moment, landed, victim, at, fault.lasts_s) if killed else None
         match fault.kind:
             case Kind.KILL_COORDINATOR:
                 self._watcher.down()
@@ -187,10 +193,6 @@ class Campaign:
                 mend(self._coordinator_ready())
             case Kind.KILL_PARTICIPANT:
                 mend(self._kill_and_restart(victim, fault.lasts_s))
-            case Kind.KILL_TRAINER | Kind.KILL_AGGREGATOR:
-                for pid in federation.workers(victim):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
             case Kind.STOP_PARTICIPANT | Kind.STOP_COORDINATOR:
                 federation.send(victim, signal.SIGSTOP)
                 mend(self._later(fault.lasts_s, lambda: federation.send(victim, signal.SIGCONT)))

@@ -133,6 +133,15 @@ class Federation(World):
         children = {p for p in descendants(pid)[1:] if _parent(p) == pid}
         return [p for p in descendants(pid)[1:] if p not in children]
 
+    def kill_workers(self, name: str) -> int:
+        """SIGKILL the worker processes of a service; how many there were."""
+        killed = 0
+        for pid in self.workers(name):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+        return killed
+
     def job_spec(self, name: str, *, rounds: int) -> JobSpec:
         return JobSpec(
             name=name,

@@ -10,7 +10,7 @@ for a commit are drawn here too: the same seed, the same plan. What the processe
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -65,20 +65,14 @@ class Planned:
     waits: bool
 
 
-def planned(seed: int, kills: int) -> tuple[Planned, ...]:
-    """Faults until so many kills are among them.
-
-    Raises:
-        ValueError: Less than one kill.
-    """
-    if kills < 1:
-        raise ValueError(f"a run has 1 kill or more, not {kills}")
+def planned(seed: int) -> Iterator[Planned]:
+    """Faults without end: how many come of them only the run can tell, since a kill may find nobody to hit."""
     rng = random.Random(seed)
     deck: list[Kind] = []
     struck: Counter[tuple[Kind, str]] = Counter()
     faults: list[Planned] = []
     since_commit = 0
-    while sum(f.kind in KILLS for f in faults) < kills:
+    while True:
         if not deck:
             deck = sorted(DECK)
             rng.shuffle(deck)
@@ -100,7 +94,7 @@ def planned(seed: int, kills: int) -> tuple[Planned, ...]:
                 waits=waits,
             )
         )
-    return tuple(faults)
+        yield faults[-1]
 
 
 def _least_struck(kind: Kind, struck: Counter[tuple[Kind, str]], faults: Sequence[Planned], rng: random.Random) -> str:

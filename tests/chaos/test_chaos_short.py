@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from tests.chaos.__main__ import run
-from tests.chaos.plan import Kind, planned
+from tests.chaos.plan import Kind
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("services")]
 SEED, KILLS = 13, 4
@@ -19,5 +19,4 @@ async def test_a_few_faults_break_nothing(tmp_path: Path) -> None:
     assert found.kills == KILLS
     assert found.rounds >= 6
     kinds = {kind for kind, _ in found.faults}
-    assert kinds == {fault.kind for fault in planned(SEED, KILLS)}
     assert {Kind.KILL_COORDINATOR, Kind.KILL_PARTICIPANT} <= kinds
