@@ -152,6 +152,8 @@ class FakeLink:
     async def download(self, digest: bytes, size: int, path: Path) -> bytes:
         if self.held_downloads:
             await self.go.wait()
+        if not self.up:
+            raise TransferError("not connected")
         if self.broken_downloads:
             self.broken_downloads -= 1
             raise TransferError("a download broke")

@@ -199,6 +199,19 @@ async def test_an_interrupted_download_goes_on(table: Table, monkeypatch: pytest
     assert table.answers(session, AdvertiseKeys)
 
 
+async def test_a_model_is_fetched_after_however_long_a_cut(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maskwork.participant.driver.DOWNLOAD_PAUSE_S", 0.0)
+    table.link.held_downloads = True
+    session = await table.propose(table.offer())
+    await table.disconnect()
+    table.link.held_downloads = False
+    table.link.go.set()
+    await table.settle()  # time for more tries than are made over a link that is up
+    assert table.driver.active_session() == session
+    await table.connect()
+    assert table.answers(session, AdvertiseKeys)
+
+
 async def test_a_model_that_cannot_be_had_is_a_decline(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maskwork.participant.driver.DOWNLOAD_PAUSE_S", 0.0)
     offer = table.offer()

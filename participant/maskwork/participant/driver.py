@@ -89,6 +89,7 @@ class Driver:
         self._coordinator: VerifiedCertificate | None = None
         self._work: Work | None = None
         self._discarding: set[asyncio.Task[None]] = set()
+        self._connected = asyncio.Event()
         self.inbox: asyncio.Queue[object] = asyncio.Queue(256)
         self.link: Link | None = None
 
@@ -131,9 +132,11 @@ class Driver:
         match happening:
             case LinkUp(coordinator):
                 self._coordinator = coordinator
+                self._connected.set()
                 log.info("connected", coordinator=coordinator.name)
                 self._offer_upload()
             case LinkDown():
+                self._connected.clear()
                 log.warning("connection lost")
             case Said(response):
                 self._said(response)
@@ -243,16 +246,21 @@ class Driver:
     async def _fetch(self, work: Work) -> None:
         assert self.link is not None
         offer, bundle = work.offer, work.folder / "certificates"
-        for attempt in range(DOWNLOAD_TRIES):
+        tries = 0
+        while True:
             try:
                 model_digest = await self.link.download(work.plan.model_digest, offer.model_size, work.model)
                 await self.link.download(offer.certificates_digest, offer.certificates_size, bundle)
                 break
             except TransferError as error:
-                if attempt == DOWNLOAD_TRIES - 1:
-                    raise
                 log.warning("download interrupted", detail=str(error))
-                await asyncio.sleep(DOWNLOAD_PAUSE_S * 2**attempt)
+                if not self._connected.is_set():
+                    await self._connected.wait()  # however long: if the session is over by then, we are told
+                    continue
+                tries += 1
+                if tries == DOWNLOAD_TRIES:
+                    raise
+                await asyncio.sleep(DOWNLOAD_PAUSE_S * 2 ** (tries - 1))
         certificates = codec.decode_certificates(bundle.read_bytes(), offer.certificates_digest, work.plan.cohort)
         await self.inbox.put(Fetched(work, model_digest, certificates))
 
