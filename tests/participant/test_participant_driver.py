@@ -263,6 +263,12 @@ async def test_masking_that_fails_is_a_withdrawal(table: Table) -> None:
     assert table.answers(session, Withdraw) == [Withdraw(AbortReason.ENCODING_REFUSED)]
 
 
+async def test_a_worker_that_dies_while_masking_is_no_refusal_of_the_update(table: Table) -> None:
+    table.worker.failures["mask"] = WorkerDied("was ended by SIGKILL")
+    session = await table.play(table.offer(), until=core.CollectingSignatures | core.Aborted)  # type: ignore[arg-type]
+    assert table.answers(session, Withdraw) == [Withdraw(AbortReason.TRAINING_FAILED)]
+
+
 async def test_training_that_outlives_its_session_is_ended(table: Table) -> None:
     table.worker.held = {"train"}
     session = await table.propose(table.offer())

@@ -387,6 +387,8 @@ class Driver:
         async def guarded() -> None:
             try:
                 await job
+            except WorkerDied as error:  # and its update with it, whatever was being done to that
+                await self.inbox.put(Failed(work, AbortReason.TRAINING_FAILED, str(error)))
             except Exception as error:  # a site's own code may raise anything; the session must hear of it
                 detail = str(error) or type(error).__name__
                 await self.inbox.put(Failed(work, reason, detail))
