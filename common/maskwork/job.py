@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from maskwork.settings import Section, explain, read_toml
+from maskwork.settings import FilePath, Section, explain, read_toml
 from maskwork.task import TrainingConfig
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
@@ -124,7 +124,7 @@ class JobSpec(Section):
 class JobFile(JobSpec):
     """A job file on a researcher's disk: the spec and the initial model beside it."""
 
-    model: Path
+    model: FilePath
 
     def spec(self) -> JobSpec:
         """The part that is sent."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated, ClassVar, TypeVar, get_args, get_origin
+from typing import Annotated, ClassVar, Final, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
@@ -24,6 +24,20 @@ def _checked_address(text: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(_checked_address)]
+
+
+def _checked_path(path: Path) -> Path:
+    if "\0" in str(path):  # no system can open it, and each says so with another error
+        raise ValueError("a path cannot hold a NUL character")
+    return path
+
+
+FilePath = Annotated[Path, AfterValidator(_checked_path)]
+
+MAX_FILE_BYTES: Final = 4 << 20
+"""Longest file that is read: a job that names 20,000 sites takes less than half of it."""
+MAX_PROBLEMS_TOLD: Final = 8
+MAX_KEY_SHOWN: Final = 80
 
 
 class Section(BaseModel):
@@ -47,10 +61,12 @@ def read_toml(path: Path, kind: type[S], *, what: str) -> S:
         UserError: unreadable, no TOML, or invalid; the text names the file, the key and what would be accepted.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(_bounded_text(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read as {what}: {error.strerror}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{path}: cannot be read as {what}: it is nested too deeply") from None
+    except ValueError as error:  # not only TOML's own error: also text that is none, and numbers of 5000 digits
         raise UserError(f"{path}: cannot be read as {what}: {error}") from error
     try:
         return kind.model_validate(data)
@@ -58,16 +74,32 @@ def read_toml(path: Path, kind: type[S], *, what: str) -> S:
         raise UserError(f"{path}: {explain(error, kind)}") from error
 
 
+def _bounded_text(path: Path) -> str:
+    with path.open("rb") as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes")
+    return data.decode()
+
+
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """A validation error in words: each key with what is wrong, unknown keys with the nearest known one."""
+    """A validation error in words: each key with what is wrong, unknown keys with the nearest known one.
+
+    Bounded: whoever sends a file with 100,000 mistakes hears of the first few.
+    """
     parts = []
-    for problem in error.errors(include_url=False):
-        where = ".".join(str(part) for part in problem["loc"]) or "the file"
+    problems = error.errors(include_url=False, include_input=False)
+    for problem in problems[:MAX_PROBLEMS_TOLD]:
+        where = ".".join(str(part)[:MAX_KEY_SHOWN] for part in problem["loc"]) or "the file"
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(model, problem["loc"][:-1]), n=1)
+            near = difflib.get_close_matches(
+                str(problem["loc"][-1])[:MAX_KEY_SHOWN], _known_keys(model, problem["loc"][:-1]), n=1
+            )
             parts.append(f"{where}: no such key" + (f"; did you mean {near[0]}?" if near else ""))
         else:
             parts.append(f"{where}: {problem['msg']}")
+    if len(problems) > MAX_PROBLEMS_TOLD:
+        parts.append(f"and {len(problems) - MAX_PROBLEMS_TOLD} more")
     return "; ".join(parts)
 
 

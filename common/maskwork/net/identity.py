@@ -70,6 +70,10 @@ _UNDERSTOOD_EXTENSIONS: Final = frozenset(
 _ECDSA_WITH_SHA256_DER: Final = bytes.fromhex("300a06082a8648ce3d040302")
 
 
+UNREADABLE_CERTIFICATE: Final = (ValueError, TypeError, x509.InvalidVersion)
+"""What the parser raises, at once or when a part is first looked at."""
+
+
 @dataclass(frozen=True, slots=True)
 class VerifiedCertificate:
     """A certificate that a trust root signed and that was good in every respect when it was looked at.
@@ -133,11 +137,9 @@ class TrustRoots:
         Raises:
             IdentityError: As the constructor, and `MALFORMED` when `pem` is not PEM.
         """
-        try:
-            certificates = x509.load_pem_x509_certificates(pem)
-        except ValueError:
-            raise malformed(f"{source} is not a PEM certificate: expected the federation's ca.pem") from None
-        return cls(certificates, source=source)
+        return cls(
+            _certificates_in(pem, f"{source} is not a PEM certificate: expected the federation's ca.pem"), source=source
+        )
 
     @classmethod
     def from_file(cls, path: Path) -> "TrustRoots":
@@ -326,11 +328,9 @@ def load_certificate(path: Path) -> x509.Certificate:
     Raises:
         IdentityError: `UNREADABLE` or `MALFORMED`.
     """
-    pem = read_identity_file(path)
-    try:
-        certificates = x509.load_pem_x509_certificates(pem)
-    except ValueError:
-        raise malformed(f"{path} is not a PEM certificate: expected the cert.pem of `maskwork pki issue`") from None
+    certificates = _certificates_in(
+        read_identity_file(path), f"{path} is not a PEM certificate: expected the cert.pem of `maskwork pki issue`"
+    )
     if len(certificates) != 1:
         raise malformed(f"{path} holds {len(certificates)} certificates where one is needed: keep the CA in ca.pem")
     return certificates[0]
@@ -354,6 +354,17 @@ def read_identity_file(path: Path) -> bytes:
 def to_der(certificate: x509.Certificate) -> bytes:
     """A certificate's DER encoding."""
     return certificate.public_bytes(Encoding.DER)
+
+
+def _certificates_in(pem: bytes, complaint: str) -> list[x509.Certificate]:
+    """The certificates of a PEM text, each with a subject and an issuer that can be named in an error."""
+    try:
+        certificates = x509.load_pem_x509_certificates(pem)
+        for certificate in certificates:  # names are parsed when first looked at
+            named(certificate.subject), named(certificate.issuer)
+    except UNREADABLE_CERTIFICATE:
+        raise malformed(complaint) from None
+    return certificates
 
 
 def _described_by_subject(certificate: x509.Certificate) -> str:
@@ -383,7 +394,7 @@ def _parse(der: bytes) -> x509.Certificate:
         certificate = x509.load_der_x509_certificate(der)
         canonical = _encoded(certificate.tbs_certificate_bytes, certificate.signature)
         subject_readable = bool(certificate.subject) and bool(certificate.issuer)
-    except (ValueError, TypeError, x509.InvalidVersion) as error:
+    except UNREADABLE_CERTIFICATE as error:
         raise malformed(f"not an X.509 certificate: {shortened(str(error))}") from None
     # Rule 1: parsers forgive, for one, a wrong count of unused bits in the signature, which nothing signs.
     if canonical != der or not subject_readable:

@@ -27,6 +27,7 @@ from cryptography import x509
 import maskwork.net
 from maskwork.net.diagnosis import check_own_files, explain_connection_failure, probe_server
 from maskwork.net.identity import (
+    UNREADABLE_CERTIFICATE,
     IdentityError,
     IdentityFiles,
     IdentityProblem,
@@ -197,7 +198,7 @@ def peer_identity(
     pem = _single(properties, "x509_pem_cert")
     try:
         certificate = x509.load_pem_x509_certificate(pem)
-    except ValueError:
+    except UNREADABLE_CERTIFICATE:
         raise malformed("the caller's certificate is not readable") from None
     return roots.verify(to_der(certificate), now=now, role=None, federation=federation, is_revoked=is_revoked)
 

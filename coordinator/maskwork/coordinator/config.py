@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from maskwork.settings import Address, Section, read_toml
+from maskwork.settings import Address, FilePath, Section, read_toml
 
 
 class CoordinatorConfig(Section):
@@ -24,8 +24,8 @@ class CoordinatorConfig(Section):
     """
 
     listen: Address = "0.0.0.0:8750"
-    identity: Path
-    state: Path
+    identity: FilePath
+    state: FilePath
     database: str = ""
     max_uploads: int = Field(default=8, ge=1, le=1024)
     max_downloads: int = Field(default=16, ge=1, le=1024)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from maskwork.settings import Address, Section, read_toml
+from maskwork.settings import Address, FilePath, Section, read_toml
 
 Option = str | int | float | bool | None | tuple[str, ...]
 
@@ -39,9 +39,9 @@ class ParticipantConfig(Section):
     """
 
     coordinator: Address
-    identity: Path
-    state: Path
-    policy: Path | None = None
+    identity: FilePath
+    state: FilePath
+    policy: FilePath | None = None
     seed: int = Field(default=0, ge=0, lt=2**63)
     tasks: dict[str, TaskConfig]
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
