@@ -198,15 +198,27 @@ def read_vector(path: str | Path) -> tuple[Schema, Float32Array]:
     with Path(path).open("rb") as file:
         header = _read_header(file, path)
         vector = np.empty(header.schema.size, np.float32)
-        for spec, start, stop in header.schema.spans():
-            file.seek(header.offsets[spec.name])
-            for at in range(start, stop, _TILE):
-                tile = vector[at : min(at + _TILE, stop)]
-                raw = file.read(len(tile) * ITEM_BYTES[spec.dtype])
-                if len(raw) != len(tile) * ITEM_BYTES[spec.dtype]:
-                    raise ModelFileError.about(path, "it became shorter while it was being read")
-                _decode(raw, spec.dtype, tile)
+        for start, stop, raw, dtype in _tiles(file, header, path):
+            _decode(raw, dtype, vector[start:stop])
     return header.schema, vector
+
+
+def check_finite(path: str | Path) -> Schema:
+    """As `read_finite_vector`, without the vector: one tile of it is in memory at a time.
+
+    Raises:
+        ModelFileError: It is not usable, or holds a NaN or an infinity as float32; the text names the tensor.
+        OSError: It cannot be read.
+    """
+    values = np.empty(_TILE, np.float32)
+    with Path(path).open("rb") as file:
+        header = _read_header(file, path)
+        for start, stop, raw, dtype in _tiles(file, header, path):
+            tile = values[: stop - start]
+            _decode(raw, dtype, tile)
+            if (at := first_non_finite(tile)) is not None:
+                raise _not_finite(path, header.schema, start + at)
+    return header.schema
 
 
 def read_finite_vector(path: str | Path) -> tuple[Schema, Float32Array]:
@@ -218,8 +230,12 @@ def read_finite_vector(path: str | Path) -> tuple[Schema, Float32Array]:
     """
     schema, vector = read_vector(path)
     if (at := first_non_finite(vector)) is not None:
-        raise ModelFileError.about(path, f"tensor {schema.tensor_at(at).name!r} holds NaN or infinity")
+        raise _not_finite(path, schema, at)
     return schema, vector
+
+
+def _not_finite(path: str | Path, schema: Schema, coordinate: int) -> ModelFileError:
+    return ModelFileError.about(path, f"tensor {schema.tensor_at(coordinate).name!r} holds NaN or infinity")
 
 
 def first_non_finite(vector: Float32Array) -> int | None:
@@ -411,6 +427,18 @@ def _utf8(text: str) -> bytes:
 
 
 # --- the numbers ----------------------------------------------------------------------------------------------------
+
+
+def _tiles(file: BinaryIO, header: ModelHeader, path: str | Path) -> Iterator[tuple[int, int, bytes, str]]:
+    """The bytes of the flat vector's range [start, stop), with their dtype, tile by tile in order."""
+    for spec, start, stop in header.schema.spans():
+        file.seek(header.offsets[spec.name])
+        for at in range(start, stop, _TILE):
+            end = min(at + _TILE, stop)
+            raw = file.read((end - at) * ITEM_BYTES[spec.dtype])
+            if len(raw) != (end - at) * ITEM_BYTES[spec.dtype]:
+                raise ModelFileError.about(path, "it became shorter while it was being read")
+            yield at, end, raw, spec.dtype
 
 
 def _decode(raw: bytes, dtype: str, out: Float32Array) -> None:

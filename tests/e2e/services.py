@@ -249,7 +249,7 @@ class World:
             self.authority.issue(role, name, now=time.time(), ip_addresses=addresses).write(directory)
         return IdentityFiles.in_directory(directory)
 
-    def coordinator_config(self, **changes: str) -> Path:
+    def coordinator_config(self, **changes: str | float) -> Path:
         self.identity(Role.COORDINATOR, "main")
         keys = {"listen": self.address, "identity": "coordinator-main", "state": "coordinator-state", **changes}
         path = self.home / f"coordinator-{len(self.all)}.toml"

@@ -35,8 +35,17 @@ class Refused(Exception):
         self.refusal = refusal
 
 
+MAX_PHRASE = 1000
+"""Longest phrase: a status travels in a header, of which gRPC takes 8 KiB with every character in up to three bytes."""
+
+
 def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
     """The status and the phrase that a caller gets for an error."""
+    code, phrase = _status_of(error)
+    return code, phrase if len(phrase) <= MAX_PHRASE else phrase[: MAX_PHRASE - 1] + "…"
+
+
+def _status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
     match error:
         case Refused():
             return error.refusal.value, str(error)

@@ -25,6 +25,9 @@ from maskwork.wire.plan_codec import encode_plan as encode_plan
 from maskwork.wire.v1 import federation_pb2, session_pb2
 
 MAX_CERTIFICATE_BYTES = 16_384
+MAX_VERSIONS = 64
+MAX_TASKS = 1024
+MAX_TASK_NAME = 256
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -140,8 +143,7 @@ def decode_request(request: federation_pb2.ConnectRequest) -> Request:
     try:
         match kind:
             case "hello":
-                h = request.hello
-                return Hello(tuple(h.versions), _shown(h.software, 200), tuple(h.tasks), request.session_id)
+                return _decode_hello(request)
             case "upload_ready":
                 return UploadReady()
             case "decline":
@@ -165,6 +167,17 @@ def decode_request(request: federation_pb2.ConnectRequest) -> Request:
         raise
     except ValueError as error:
         raise WireError(f"{kind}: {error}") from error
+
+
+def _decode_hello(request: federation_pb2.ConnectRequest) -> Hello:
+    hello = request.hello
+    if len(hello.versions) > MAX_VERSIONS or len(hello.tasks) > MAX_TASKS:
+        raise WireError(f"a Hello of {len(hello.versions)} versions and {len(hello.tasks)} tasks")
+    if any(len(task) > MAX_TASK_NAME for task in hello.tasks):
+        raise WireError(f"a task's name of more than {MAX_TASK_NAME} characters")
+    if len(request.session_id) not in (0, 32):
+        raise WireError("a Hello that names a session by something that is no session id")
+    return Hello(tuple(hello.versions), _shown(hello.software, 200), tuple(hello.tasks), request.session_id)
 
 
 def _shown(text: str, most: int) -> str:

@@ -20,6 +20,10 @@ class CoordinatorConfig(Section):
         max_uploads: uploads admitted at a time.
         max_downloads: downloads of models and certificates at a time.
         max_model_bytes: largest model that may be submitted.
+        max_unfinished_jobs: jobs of one submitter that may be queued or running.
+        max_connections: open connections, whoever they are from; further ones are closed as they come. Each takes a
+            file descriptor, and the limit on those should be 500 above it.
+        stall_s: longest wait for the next piece of an upload or submission, and for a caller to read what it asked for.
         log_level: debug, info, warning or error.
     """
 
@@ -30,6 +34,9 @@ class CoordinatorConfig(Section):
     max_uploads: int = Field(default=8, ge=1, le=1024)
     max_downloads: int = Field(default=16, ge=1, le=1024)
     max_model_bytes: int = Field(default=16 << 30, ge=1)
+    max_unfinished_jobs: int = Field(default=100, ge=1, le=100_000)
+    max_connections: int = Field(default=2000, ge=16, le=1_000_000)
+    stall_s: float = Field(default=60.0, gt=0, le=3600)
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
 
     @property

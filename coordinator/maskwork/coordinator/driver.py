@@ -217,6 +217,7 @@ class Driver:
                 await self._gone(peer)
             case PeerSaid(peer, session, message):
                 await self._said(peer, session, message)
+                peer.handled()
             case PeerMisbehaved(peer, detail):
                 await self._misbehaved(peer, detail)
             case UploadBegan(session, member):

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import shutil
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from pathlib import Path
+
+import structlog
 
 from maskwork.coordinator.board import EventBoard
 from maskwork.coordinator.job_view import round_event, summary
@@ -20,7 +23,12 @@ from maskwork.coordinator.store import Store
 from maskwork.job import JobSpec, parse_spec
 from maskwork.job_events import Dropped, JobDetails, JobEvent, JobSummary, PastAttempt, RoundCommitted
 from maskwork.net.status import Refusal, Refused
-from maskwork.tensors import ModelFileError, read_finite_vector
+from maskwork.tensors import ModelFileError, check_finite
+
+log = structlog.get_logger("maskwork.coordinator")
+
+DISK_RESERVE_BYTES = 256 << 20
+"""Left free whatever is submitted: the database, the open session's uploads and the next model need it."""
 
 
 class JobDesk:
@@ -33,12 +41,18 @@ class JobDesk:
         models: ModelStore,
         board: EventBoard,
         max_model_bytes: int,
+        max_unfinished_jobs: int = 100,
+        free_bytes: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._models = models
         self._board = board
         self._max_model_bytes = max_model_bytes
+        self._max_unfinished_jobs = max_unfinished_jobs
+        self._free_bytes = free_bytes
+        self._promised = 0  # bytes of models that are on their way in
+        self._reading = asyncio.Lock()
         self._clock = clock
 
     async def submit(
@@ -56,10 +70,29 @@ class JobDesk:
             raise Refused(Refusal.INVALID, f"the job is not valid: {error}") from error
         if not 0 < model_size <= self._max_model_bytes:
             raise Refused(Refusal.TOO_MUCH, f"a model has 1 to {self._max_model_bytes} bytes here, not {model_size}")
-        digest = await self._take_model(model_size, chunks)
+        self._check_room(submitted_by, model_size)
+        self._promised += model_size
+        try:
+            digest = await self._take_model(model_size, chunks)
+        finally:
+            self._promised -= model_size
+        self._check_room(submitted_by)  # others of the same submitter may have come in meanwhile
         record = self._record(spec, digest, submitted_by)
         self._store.add_job(record)
         return summary(record, at=self._clock())
+
+    def _check_room(self, submitted_by: str, model_size: int = 0) -> None:
+        unfinished = sum(r.submitted_by == submitted_by and JobState(r.state) not in _ENDED for r in self._store.jobs())
+        if unfinished >= self._max_unfinished_jobs:
+            raise Refused(
+                Refusal.TOO_MUCH,
+                f"{unfinished} jobs of yours have not ended, and {self._max_unfinished_jobs} may be here at a time: "
+                "abort some, or wait",
+            )
+        free = self._free_bytes(self._models.directory) - self._promised
+        if model_size and model_size + DISK_RESERVE_BYTES > free:
+            log.error("no room for a submitted model", file=str(self._models.directory), free=free, wanted=model_size)
+            raise Refused(Refusal.TOO_MUCH, "the coordinator has no room for this model; tell its operator")
 
     async def _take_model(self, size: int, chunks: AsyncIterable[bytes]) -> bytes:
         with self._models.incoming(max_bytes=size) as incoming:
@@ -72,7 +105,8 @@ class JobDesk:
                 raise Refused(Refusal.INVALID, f"the model has {incoming.size} bytes, {size} were announced")
             digest = incoming.commit()
         try:
-            await asyncio.to_thread(read_finite_vector, self._models.path(digest))
+            async with self._reading:  # one at a time: a header's JSON may take many times its bytes
+                await asyncio.to_thread(check_finite, self._models.path(digest))
         except ModelFileError as error:
             raise Refused(Refusal.INVALID, f"the initial model is not usable: {error}") from error
         return digest

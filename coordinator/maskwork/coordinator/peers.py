@@ -13,6 +13,8 @@ from maskwork.wire.v1 import federation_pb2
 
 OUTBOX_LIMIT = 64
 """A session puts fewer than ten messages in a row to one participant; a reader that far behind is gone."""
+UNHANDLED_LIMIT = 8
+"""Messages of one participant that wait for the driver: the rest of a flood waits at its sender, not before others."""
 
 
 @dataclass(eq=False, slots=True)
@@ -31,6 +33,7 @@ class Peer:
     _outbox: asyncio.Queue[federation_pb2.ConnectResponse | None] = field(
         default_factory=lambda: asyncio.Queue(OUTBOX_LIMIT + 1), repr=False
     )
+    _room: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(UNHANDLED_LIMIT), repr=False)
     _closed: bool = False
 
     @property
@@ -52,6 +55,14 @@ class Peer:
         if not self._closed:
             self._closed = True
             self._outbox.put_nowait(None)
+
+    async def room(self) -> None:
+        """Wait until one more message of this participant may be put to the driver; `handled` must follow."""
+        await self._room.acquire()
+
+    def handled(self) -> None:
+        """The driver is done with one of its messages."""
+        self._room.release()
 
     async def next_response(self) -> federation_pb2.ConnectResponse | None:
         """What to send next; None: end the stream."""

@@ -86,8 +86,17 @@ async def running(config: CoordinatorConfig) -> AsyncIterator[tuple[Driver, str]
                 sessions=sessions,
                 max_uploads=config.max_uploads,
             )
-            desk = JobDesk(store=store, models=models, board=driver.board, max_model_bytes=config.max_model_bytes)
-            server = grpc.aio.server(interceptors=[Guard(roots, federation.name)], options=SERVER_OPTIONS)
+            desk = JobDesk(
+                store=store,
+                models=models,
+                board=driver.board,
+                max_model_bytes=config.max_model_bytes,
+                max_unfinished_jobs=config.max_unfinished_jobs,
+            )
+            server = grpc.aio.server(
+                interceptors=[Guard(roots, federation.name, stall_s=config.stall_s)],
+                options=(*SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", config.max_connections)),
+            )
             _register(server, driver, desk, max_downloads=config.max_downloads)
             address = _bind(server, config.listen, files)
             await server.start()

@@ -1,17 +1,22 @@
 """The gRPC services: they decode, hand over, and encode. They decide nothing.
 
-Ingress is a pipeline: size (gRPC's message limit), identity and role (`guard`), decoding (`codec`), then the driver's
-queue, where the right session and the right sender are looked at. Every wait has a bound.
+Ingress is a pipeline: size (gRPC's message limit), identity, role, quota and patience (`guard`), decoding (`codec`),
+then the driver's queue, where the right session and the right sender are looked at. Every wait has a bound: the guard's
+for each message read or written, and here for a Hello, for what the driver owes, and for how fast a site may talk.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import io
+import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import structlog
+
 from maskwork.coordinator.driver import Driver
-from maskwork.coordinator.guard import caller
+from maskwork.coordinator.guard import MAX_DETAIL_LOGGED, caller
 from maskwork.coordinator.happenings import (
     JobAborted,
     Look,
@@ -26,6 +31,7 @@ from maskwork.coordinator.happenings import (
 from maskwork.coordinator.job_view import summary as summary_of
 from maskwork.coordinator.jobs import JobDesk
 from maskwork.coordinator.peers import Peer
+from maskwork.coordinator.quotas import Bucket
 from maskwork.coordinator.rounds import PresentSite
 from maskwork.coordinator.spool import UploadRefused
 from maskwork.errors import StoreError
@@ -38,9 +44,15 @@ from maskwork.wire.v1 import federation_pb2, federation_pb2_grpc, jobs_pb2, jobs
 
 import grpc  # isort: skip  # after maskwork.net.tls, which sets the TLS floor
 
+log = structlog.get_logger("maskwork.coordinator")
+
 VERSIONS = (1,)
 HELLO_TIMEOUT_S = 10.0
-CHUNK_TIMEOUT_S = 60.0
+DOWNLOAD_WAIT_S = 60.0
+ABORT_WAIT_S = 60.0
+MESSAGES_BURST = 1000
+MESSAGES_PER_S = 100.0
+"""A site says six messages in a session; one that says more than these in a second is not of our making."""
 _SEGMENTS = {
     federation_pb2.SEGMENT_UPDATE: Segment.UPDATE,
     federation_pb2.SEGMENT_STATISTICS: Segment.STATISTICS,
@@ -87,12 +99,17 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
 
     async def _read(self, peer: Peer, requests: AsyncIterator[federation_pb2.ConnectRequest]) -> None:
         try:
+            pace = Bucket(MESSAGES_BURST, MESSAGES_PER_S)
             async for request in requests:
+                if not pace.take(time.monotonic()):
+                    raise WireError(f"a flood: more than {MESSAGES_PER_S:g} messages a second")
                 message = codec.decode_request(request)
                 if isinstance(message, Hello):
                     raise WireError("a second Hello")
+                await peer.room()
                 await self._driver.post(PeerSaid(peer, request.session_id, message))
         except WireError as error:
+            log.warning("a control stream is closed", participant=peer.name, detail=str(error)[:MAX_DETAIL_LOGGED])
             await self._driver.post(PeerMisbehaved(peer, str(error)))
         finally:
             peer.close()
@@ -104,7 +121,7 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
     ) -> federation_pb2.UploadResponse:
         """One upload, or the rest of one."""
         requests = aiter(request_iterator)
-        chunk = await _next(requests)
+        chunk = await anext(requests, None)
         if chunk is None:
             raise Refused(Refusal.INVALID, "an upload without a chunk")
         certificate = caller()
@@ -121,7 +138,7 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
                         if chunk.session_id != session or chunk.segment not in _SEGMENTS:
                             raise UploadRefused("a chunk of another session or segment")
                         writer.write(_SEGMENTS[chunk.segment], chunk.offset, chunk.data)
-                        chunk = await _next(requests)
+                        chunk = await anext(requests, None)
                 finally:
                     if not writer.superseded:
                         self._driver.post_soon(UploadEnded(session, member))
@@ -146,22 +163,21 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
             raise Refused(Refusal.NOT_FOUND, "nothing of that digest belongs to an open session of yours")
         if request.offset > (source.stat().st_size if isinstance(source, Path) else len(source)):
             raise Refused(Refusal.INVALID, "the offset is beyond the end")
-        async with self._downloads:
-            if isinstance(source, Path):
-                with source.open("rb") as file:
-                    file.seek(request.offset)
-                    offset = request.offset
-                    while data := file.read(CHUNK_BYTES):
-                        yield federation_pb2.DownloadResponse(offset=offset, data=data)
-                        offset += len(data)
-            else:
-                for offset in range(request.offset, len(source), CHUNK_BYTES):
-                    yield federation_pb2.DownloadResponse(offset=offset, data=source[offset : offset + CHUNK_BYTES])
+        async with asyncio.timeout(DOWNLOAD_WAIT_S):
+            await self._downloads.acquire()
+        try:
+            for offset, data in _pieces(source, request.offset):
+                yield federation_pb2.DownloadResponse(offset=offset, data=data)
+        finally:
+            self._downloads.release()
 
 
-async def _next(requests: AsyncIterator[federation_pb2.UploadRequest]) -> federation_pb2.UploadRequest | None:
-    async with asyncio.timeout(CHUNK_TIMEOUT_S):
-        return await anext(requests, None)
+def _pieces(source: Path | bytes, offset: int) -> Iterator[tuple[int, bytes]]:
+    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
+        file.seek(offset)
+        while data := file.read(CHUNK_BYTES):
+            yield offset, data
+            offset += len(data)
 
 
 class JobService(jobs_pb2_grpc.JobServiceServicer):
@@ -224,7 +240,8 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
         """End a job; what is committed stays."""
         done = asyncio.get_running_loop().create_future()
         await self._driver.post(JobAborted(request.job_id, caller().identity.uri, done))
-        record = await done
+        async with asyncio.timeout(ABORT_WAIT_S):
+            record = await done
         if record is None:
             raise Refused(Refusal.NOT_FOUND, f"there is no job {request.job_id}")
         return jobs_pb2.AbortJobResponse(job=job_codec.encode_job(summary_of(record, at=0.0)))
@@ -243,11 +260,7 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
 
 
 async def _model_chunks(requests: AsyncIterator[jobs_pb2.SubmitJobRequest]) -> AsyncIterator[bytes]:
-    while True:
-        async with asyncio.timeout(CHUNK_TIMEOUT_S):
-            request = await anext(requests, None)
-        if request is None:
-            return
+    async for request in requests:
         if request.WhichOneof("part") != "model":
             raise Refused(Refusal.INVALID, "after the header come only chunks of the model")
         yield request.model
