@@ -1,13 +1,17 @@
 # Everything a developer types. The first call of any target installs what it needs into .venv; nothing outside the clone.
 PYTHON ?= python3
 VENV   := .venv
-SEEDS  ?= 1000
+# How long the campaigns are: make sim SEEDS=…, make chaos KILLS=…, make fuzz SECONDS=…; SEED picks one's first choice.
+SEEDS   ?= 1000
+KILLS   ?= 100
+SECONDS ?= 60
+SEED    ?=
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SOURCES := common coordinator participant tests scripts benchmarks
 
 SHELL := bash
-.PHONY: sim mutants-client demo test check fmt fmt-check lint types imports layout protos protos-check vectors-check docs-check mutants lock clean chaos
+.PHONY: sim mutants-client demo test check fmt fmt-check lint types imports layout protos protos-check vectors-check docs-check mutants lock clean chaos fuzz
 
 demo: $(STAMP)          ## the main job: one coordinator, five sites, two of them killed on the way
 	$(BIN)/maskwork demo
@@ -70,10 +74,11 @@ mutants-client: $(STAMP)
 sim: $(STAMP)           ## simulated federations, one for each seed: every failure that a seed can think of, every invariant checked
 	$(BIN)/python -m tests.simulation --seeds $(SEEDS) --out runs/simulation.json
 
-KILLS ?= 100
-SEED  ?=
 chaos: $(STAMP)         ## real processes, killed, stopped and cut: make chaos [KILLS=100] [SEED=…]
 	$(BIN)/python -m tests.chaos --kills $(KILLS) $(if $(SEED),--seed $(SEED))
+
+fuzz: $(STAMP)          ## hostile input to every reader, a coordinator and a participant: SECONDS=60, SEED=1; fails on a crash
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 lock: $(STAMP)
 	$(BIN)/python scripts/lock.py

@@ -110,6 +110,7 @@ class Guard(grpc.aio.ServerInterceptor):
             )
         identity = certificate.identity.uri
         self._quotas.enter(identity, method, now=time.monotonic())
+
         # When the call is over for gRPC too: an answer that nobody fetches counts for as long as it is held.
         def over(_: Context) -> None:
             self._quotas.leave(identity, method, now=time.monotonic())

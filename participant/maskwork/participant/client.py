@@ -3,6 +3,10 @@
 It dials out, verifies that the other side holds a coordinator's certificate, hands every message to the driver as it
 came, and reconnects with jittered backoff. It decides nothing and remembers nothing of a session: what was not answered
 when a connection broke is asked again by the coordinator, and answered again to the letter by the protocol core.
+
+The coordinator may lie: its messages are parsed here, where bytes that are none end the connection (gRPC would hand out
+None in their place, and a traceback to the log); they are taken one at a time, since a message of a few megabytes can
+take a hundred times that once it is parsed; a transfer that does not move ends.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +30,8 @@ from maskwork.net.tls import CHANNEL_OPTIONS, CHUNK_BYTES, channel_credentials
 from maskwork.secagg.keys import Segment
 from maskwork.wire import codec
 from maskwork.wire.codec import Hello, Request, Welcome, WireError
-from maskwork.wire.v1 import federation_pb2, federation_pb2_grpc
+from maskwork.wire.job_codec import printable
+from maskwork.wire.v1 import federation_pb2
 
 import grpc  # isort: skip  # after maskwork.net.tls, which sets the TLS floor
 
@@ -39,6 +44,10 @@ BACKOFF_GROWTH = 1.25
 seconds, and dials every few seconds while nobody answers for hours."""
 WELCOME_TIMEOUT_S = 15.0
 HANG_UP_S = 2.0
+STALL_S = 60.0
+"""Longest wait for the next piece of a download, or for the coordinator to take one of an upload."""
+MAX_SAID = 500
+_SERVICE = "/maskwork.wire.v1.FederationService/"
 _SEGMENTS = {Segment.UPDATE: federation_pb2.SEGMENT_UPDATE, Segment.STATISTICS: federation_pb2.SEGMENT_STATISTICS}
 
 
@@ -68,6 +77,21 @@ class Said:
 LinkEvent: TypeAlias = LinkUp | LinkDown | Said
 
 
+class _Calls:
+    """The coordinator's methods, answered with bytes that nobody has parsed."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.connect: grpc.aio.StreamStreamMultiCallable[federation_pb2.ConnectRequest, bytes] = channel.stream_stream(
+            _SERVICE + "Connect", federation_pb2.ConnectRequest.SerializeToString
+        )
+        self.download: grpc.aio.UnaryStreamMultiCallable[federation_pb2.DownloadRequest, bytes] = channel.unary_stream(
+            _SERVICE + "Download", federation_pb2.DownloadRequest.SerializeToString
+        )
+        self.upload: grpc.aio.StreamUnaryMultiCallable[federation_pb2.UploadRequest, bytes] = channel.stream_unary(
+            _SERVICE + "Upload", federation_pb2.UploadRequest.SerializeToString
+        )
+
+
 class CoordinatorLink:
     """Keeps a control stream to the coordinator."""
 
@@ -81,6 +105,7 @@ class CoordinatorLink:
         tasks: tuple[str, ...],
         active_session: Callable[[], bytes],
         inbox: asyncio.Queue[object],
+        stall_s: float = STALL_S,
     ) -> None:
         self._target = target
         self._files = files
@@ -89,9 +114,10 @@ class CoordinatorLink:
         self._tasks = tasks
         self._active_session = active_session
         self._inbox = inbox
+        self._stall_s = stall_s
         self._greeted = False
         self._down = asyncio.Event()
-        self._stub: federation_pb2_grpc.FederationServiceAsyncStub | None = None
+        self._calls: _Calls | None = None
         self._outbox: asyncio.Queue[federation_pb2.ConnectRequest | None] | None = None
 
     async def run(self) -> None:
@@ -135,15 +161,22 @@ class CoordinatorLink:
         path.touch(mode=0o600)
         with path.open("r+b", buffering=0) as file:
             offset = file.seek(0, os.SEEK_END)
+            call = self._calls_now().download(federation_pb2.DownloadRequest(digest=digest, offset=offset))
             try:
-                call = self._service().Download(federation_pb2.DownloadRequest(digest=digest, offset=offset))
-                async for chunk in call:
-                    if chunk.offset != offset or offset + len(chunk.data) > size:
+                async for raw in _steadily(call, self._stall_s):
+                    chunk = codec.parse(federation_pb2.DownloadResponse, raw)
+                    if chunk.offset != offset or not chunk.data or offset + len(chunk.data) > size:
                         raise TransferError("a download went out of step with what was announced")
                     file.write(chunk.data)
                     offset += len(chunk.data)
             except grpc.aio.AioRpcError as error:
-                raise TransferError(f"a download broke at {offset} of {size} bytes: {error.details()}") from error
+                raise TransferError(f"a download broke at {offset} of {size} bytes: {_said(error)}") from error
+            except WireError as error:
+                raise TransferError(f"a download is garbled at {offset} of {size} bytes") from error
+            except TimeoutError as error:
+                raise TransferError(f"a download stands still at {offset} of {size} bytes") from error
+            finally:
+                call.cancel()  # what is not wanted any more is not sent on
         found = await asyncio.to_thread(_digest, path)
         if offset != size or found != digest:
             path.unlink()
@@ -157,39 +190,48 @@ class CoordinatorLink:
             TransferError: it broke or was refused.
         """
         try:
-            response = await self._service().Upload(_chunks(session, update, statistics, offsets))
-        except grpc.aio.AioRpcError as error:
-            raise TransferError(f"an upload broke: {error.details()}") from error
-        return int(response.received)
+            async with asyncio.timeout(self._stall_s) as patience:
 
-    def _service(self) -> federation_pb2_grpc.FederationServiceAsyncStub:
-        if self._stub is None:
+                def moves() -> None:
+                    patience.reschedule(asyncio.get_running_loop().time() + self._stall_s)
+
+                raw = await self._calls_now().upload(_chunks(session, update, statistics, offsets, moves))
+            return int(codec.parse(federation_pb2.UploadResponse, raw).received)
+        except grpc.aio.AioRpcError as error:
+            raise TransferError(f"an upload broke: {_said(error)}") from error
+        except WireError as error:
+            raise TransferError("the answer to an upload is garbled") from error
+        except TimeoutError as error:
+            raise TransferError("an upload stands still") from error
+
+    def _calls_now(self) -> _Calls:
+        if self._calls is None:
             raise TransferError("not connected to the coordinator")
-        return self._stub
+        return self._calls
 
     async def _connection(self) -> None:
         async with grpc.aio.secure_channel(
             self._target, channel_credentials(self._files), options=CHANNEL_OPTIONS
         ) as channel:
-            stub: federation_pb2_grpc.FederationServiceAsyncStub = federation_pb2_grpc.FederationServiceStub(channel)
+            calls = _Calls(channel)
             outbox: asyncio.Queue[federation_pb2.ConnectRequest | None] = asyncio.Queue()
             hello = Hello((1,), "maskwork", self._tasks, self._active_session())
             outbox.put_nowait(codec.encode_request(hello.active_session, hello))
-            call = stub.Connect(_requests(outbox))
-            responses = aiter(call)
+            responses = aiter(calls.connect(_requests(outbox)))
             async with asyncio.timeout(WELCOME_TIMEOUT_S):
                 first = await anext(responses, None)
             if first is None:
                 raise WireError("the coordinator ended the stream without a Welcome")
-            coordinator = self._verify(codec.decode_response(first, 0))
-            self._stub, self._outbox, self._greeted = stub, outbox, True
+            coordinator = self._verify(codec.decode_response(codec.parse(federation_pb2.ConnectResponse, first), 0))
+            self._calls, self._outbox, self._greeted = calls, outbox, True
             self._down.clear()
             await self._inbox.put(LinkUp(coordinator))
             try:
-                async for response in responses:
-                    await self._inbox.put(Said(response))
+                async for raw in responses:
+                    await self._inbox.put(Said(codec.parse(federation_pb2.ConnectResponse, raw)))
+                    await self._inbox.join()
             finally:
-                self._stub = self._outbox = None
+                self._calls = self._outbox = None
                 self._down.set()
                 outbox.put_nowait(None)
                 await self._inbox.put(LinkDown())
@@ -207,7 +249,7 @@ class CoordinatorLink:
         if isinstance(error, TimeoutError):
             reason, unreachable = f"no answer within {WELCOME_TIMEOUT_S:g} s", True
         elif isinstance(error, grpc.aio.AioRpcError):
-            reason, unreachable = error.details() or error.code().name, error.code() is grpc.StatusCode.UNAVAILABLE
+            reason, unreachable = _said(error), error.code() is grpc.StatusCode.UNAVAILABLE
         else:
             log.error("connection refused by this site", detail=str(error))
             return
@@ -232,20 +274,38 @@ async def _requests(
 
 
 async def _chunks(
-    session: bytes, update: BinaryIO, statistics: bytes, offsets: tuple[int, int]
+    session: bytes, update: BinaryIO, statistics: bytes, offsets: tuple[int, int], moves: Callable[[], None]
 ) -> AsyncIterator[federation_pb2.UploadRequest]:
     update_offset, statistics_offset = offsets
     # Through the file object: a descriptor's number may be another file's once the session has ended.
     while not update.closed and (data := os.pread(update.fileno(), CHUNK_BYTES, update_offset)):
+        moves()
         yield federation_pb2.UploadRequest(
             session_id=session, segment=_SEGMENTS[Segment.UPDATE], offset=update_offset, data=data
         )
         update_offset += len(data)
     while data := statistics[statistics_offset : statistics_offset + CHUNK_BYTES]:
+        moves()
         yield federation_pb2.UploadRequest(
             session_id=session, segment=_SEGMENTS[Segment.STATISTICS], offset=statistics_offset, data=data
         )
         statistics_offset += len(data)
+
+
+async def _steadily(call: AsyncIterable[bytes], stall_s: float) -> AsyncIterator[bytes]:
+    """The answers of a call, each within the time."""
+    answers = aiter(call)
+    while True:
+        async with asyncio.timeout(stall_s):
+            answer = await anext(answers, None)
+        if answer is None:
+            return
+        yield answer
+
+
+def _said(error: grpc.aio.AioRpcError) -> str:
+    """The status's text, which the coordinator chose, as it may be logged."""
+    return printable(error.details() or error.code().name)[:MAX_SAID]
 
 
 def _digest(path: Path) -> bytes:

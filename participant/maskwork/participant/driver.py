@@ -114,6 +114,7 @@ class Driver:
         while True:
             happening = await self.inbox.get()
             await self._handle(happening)  # type: ignore[arg-type]  # only Happenings are put there
+            self.inbox.task_done()
 
     def leave(self) -> None:
         """Tell the coordinator that this site does not go on with the session that it is in, if it is in one."""
