@@ -1,4 +1,4 @@
-"""The campaign: hostile input to every reader in process, to a coordinator and to a participant. Ends with 1 on a crash.
+"""The campaign: hostile input to every reader, to a coordinator and to a participant. Ends with 1 on a crash.
 
     python -m tests.fuzz --seconds 60 --seed 1
 
@@ -13,6 +13,7 @@ import asyncio
 import json
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Final
 
@@ -60,14 +61,15 @@ def _tell(tally: Tally, folder: Path) -> None:
     report = tally.report()
     print(f"\n{'target':36}{'inputs':>9}  outcomes")
     for target, tried in sorted(tally.inputs.items()):
-        outcomes = ", ".join(f"{name} {count}" for name, count in tally.errors.get(target, {}).most_common(6))
+        outcomes = ", ".join(f"{name} {count}" for name, count in tally.errors.get(target, Counter()).most_common(6))
         print(f"{target:36}{tried:>9}  {outcomes}")
     print(f"\n{report['inputs']} inputs, {len(report['distinct_errors'])} distinct errors by target")
     for name in ("in_process", "coordinator", "participant"):
         if (figures := tally.figures.get(name)) is not None:
             print(
-                f"{name:12} peak RSS {figures['peak_rss_mib']:.0f} MiB, PSS with workers {figures['peak_pss_mib']:.0f} MiB,"
-                f" most open files {figures['most_files']:.0f}, at rest {figures['last_files']:.0f}"
+                f"{name:12} peak RSS {figures['peak_rss_mib']:.0f} MiB, PSS with workers "
+                f"{figures['peak_pss_mib']:.0f} MiB, most open files {figures['most_files']:.0f}, "
+                f"at rest {figures['last_files']:.0f}"
             )
     for name in ("jobs_completed", "slowest_job_s", "drop_reasons", "most_connections"):
         if name in tally.figures:

@@ -205,7 +205,8 @@ def _lie(arena: Arena, link: CoordinatorLink, rng: random.Random) -> None:
 
 async def _hold(arena: Arena, session: bytes, rng: random.Random) -> None:
     """As a member: uploads that stall or drip, and downloads that nobody reads."""
-    chunk = federation_pb2.UploadRequest(session_id=session, segment=1, offset=0, data=b"x" * rng.choice((1, 70_000)))
+    data, segment = b"x" * rng.choice((1, 70_000)), federation_pb2.SEGMENT_UPDATE
+    chunk = federation_pb2.UploadRequest(session_id=session, segment=segment, offset=0, data=data)
 
     async def chunks() -> Any:
         yield chunk.SerializeToString()

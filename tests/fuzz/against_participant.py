@@ -65,7 +65,7 @@ class LyingCoordinator:
     async def start(self) -> None:
         server = self._server = grpc.aio.server(options=(*SERVER_OPTIONS, ("grpc.max_send_message_length", -1)))
         raw = grpc.stream_stream_rpc_method_handler
-        handlers = {
+        handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
             "Connect": raw(self._connect),
             "Download": raw(self._download),
             "Upload": raw(self._upload),
@@ -169,9 +169,9 @@ class LyingCoordinator:
     async def _flood(self, rng: random.Random) -> AsyncIterator[bytes]:
         yield self._welcome()
         raw = rng.choice(recordings.responses()).SerializeToString()
-        for _ in range(3000):
+        for _ in range(500):
             yield raw
-        self.tally.inputs["flood of responses"] += 3000
+        self.tally.inputs["flood of responses"] += 500
 
     def _offer(self, rng: random.Random) -> tuple[codec.OpenSession, bytes]:
         self.offers += 1
@@ -280,6 +280,9 @@ async def _judge(tally: Tally, gauge: Gauge, service: Service) -> None:
         if "unstructured" in line:
             tally.failed(f"in the participant's log: {str(line)[:1000]}")
             break
+    tally.figures["participant"]["told"] = dict(
+        Counter(str(e.get("detail"))[:200] for e in service.lines).most_common(40)
+    )
     tally.figures["participant"]["log_lines"] = dict(Counter(str(e["event"]) for e in service.lines))
     if gauge.peak_rss_mib > MOST_MIB:
         tally.failed(f"the participant took {gauge.peak_rss_mib:.0f} MiB, more than {MOST_MIB}")

@@ -100,13 +100,14 @@ async def exchange(
     patience_s: float = PATIENCE_S,
 ) -> tuple[grpc.StatusCode, str | None, list[bytes]]:
     """Say some raw messages, hear the answers, and return the status."""
-    call = channel.stream_stream(method)(_each(messages))
+    opened: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(method)
+    call = opened(_each(messages))
     heard: list[bytes] = []
     try:
         async with asyncio.timeout(patience_s):
             while len(heard) < most:
                 message = await call.read()
-                if message is grpc.aio.EOF:
+                if not isinstance(message, bytes):  # the end of the stream
                     return await call.code(), await call.details(), heard
                 heard.append(message)
     except grpc.aio.AioRpcError as error:
@@ -148,7 +149,9 @@ def hello(session: bytes = b"", tasks: Sequence[str] = ("nothing",)) -> bytes:
 
 _VALID: dict[str, bytes] = {
     FEDERATION + "Connect": hello(),
-    FEDERATION + "Upload": federation_pb2.UploadRequest(session_id=bytes(32), segment=1, data=b"x").SerializeToString(),
+    FEDERATION + "Upload": federation_pb2.UploadRequest(
+        session_id=bytes(32), segment=federation_pb2.SEGMENT_UPDATE, data=b"x"
+    ).SerializeToString(),
     FEDERATION + "Download": federation_pb2.DownloadRequest(digest=bytes(32)).SerializeToString(),
     JOBS + "SubmitJob": jobs_pb2.SubmitJobRequest(
         header=jobs_pb2.SubmitJobHeader(spec_json=spec().canonical_json(), model_size=100)
@@ -257,7 +260,7 @@ async def strange_upload(arena: Arena, rng: random.Random) -> None:
     sessions = [m.session_id for m in arena.overheard[-50:]] or [bytes(32)]
     chunk = federation_pb2.UploadRequest(
         session_id=rng.choice(sessions),
-        segment=rng.choice((0, 1, 2)),
+        segment=rng.choice(federation_pb2.Segment.values()),
         offset=rng.choice((0, 1, 2**63)),
         data=b"x" * 1000,
     )
@@ -284,7 +287,8 @@ async def unread_export(arena: Arena, rng: random.Random) -> None:
         return
     request = jobs_pb2.ExportModelRequest(job_id=rng.choice(arena.job_ids[-3:]))
     async with arena.channel(Role.RESEARCHER, "evil-reader", NO_WINDOW) as channel:
-        call = channel.unary_stream(JOBS + "ExportModel")(request.SerializeToString())
+        export: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(JOBS + "ExportModel")
+        call = export(request.SerializeToString())
         await asyncio.sleep(rng.uniform(0.5, 4.0))
         try:
             async with asyncio.timeout(PATIENCE_S):

@@ -112,10 +112,10 @@ class Guard(grpc.aio.ServerInterceptor):
         self._quotas.enter(identity, method, now=time.monotonic())
 
         # When the call is over for gRPC too: an answer that nobody fetches counts for as long as it is held.
-        def over(_: Context) -> None:
+        def over(context: Context) -> None:
             self._quotas.leave(identity, method, now=time.monotonic())
 
-        context.add_done_callback(over)
+        context.add_done_callback(over)  # type: ignore[arg-type]  # its protocol names a parameter that is positional
 
     async def _incoming(
         self, method: str, raw: AsyncIterator[bytes], decode: Callable[[bytes], Message] | None
