@@ -7,10 +7,12 @@ are closed, everything committed is on the disk, and the process ends with 0.
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 import signal
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -36,6 +38,10 @@ import grpc  # isort: skip  # after maskwork.net.tls, which sets the TLS floor
 log = structlog.get_logger("maskwork.coordinator")
 
 DRAIN_S = 5.0
+LOOK_AT_FILES_S = 1.0
+TELL_AGAIN_S = 60.0
+FILES_BESIDE_CONNECTIONS = 500
+"""Room for the database, models, spools and workers, beside one descriptor for each connection."""
 
 
 async def serve(config: CoordinatorConfig) -> None:
@@ -100,10 +106,41 @@ async def running(config: CoordinatorConfig) -> AsyncIterator[tuple[Driver, str]
             _register(server, driver, desk, max_downloads=config.max_downloads)
             address = _bind(server, config.listen, files)
             await server.start()
+            counting = asyncio.create_task(_tell_of_connections(config.max_connections))
             try:
                 yield driver, address
             finally:
+                counting.cancel()
                 await server.stop(DRAIN_S)
+
+
+async def _tell_of_connections(limit: int) -> None:
+    """Say it when connections are at their limit: gRPC closes the next ones without a word.
+
+    What is counted is sockets, where the system tells; the few that are none of a client's do not matter to the limit.
+    """
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < limit + FILES_BESIDE_CONNECTIONS:
+        log.warning(
+            "fewer files may be open than connections are allowed",
+            files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            max_connections=limit,
+            remedy=f"raise the limit (ulimit -n) to {limit + FILES_BESIDE_CONNECTIONS}, or lower max_connections",
+        )
+    while True:
+        if (found := await asyncio.to_thread(_open_sockets)) >= limit:
+            remedy = "see who connects; raise max_connections if they are members, or close the port to them"
+            log.warning("connections are at their limit", open=found, limit=limit, remedy=remedy)
+            await asyncio.sleep(TELL_AGAIN_S)
+        await asyncio.sleep(LOOK_AT_FILES_S)
+
+
+def _open_sockets() -> int:
+    found = 0
+    with suppress(OSError):  # a system without /proc
+        for entry in os.scandir("/proc/self/fd"):
+            with suppress(OSError):  # closed meanwhile
+                found += os.readlink(entry.path).startswith("socket:")
+    return found
 
 
 def _register(server: grpc.aio.Server, driver: Driver, desk: JobDesk, *, max_downloads: int) -> None:
