@@ -118,8 +118,16 @@ def explain_connection_failure(
     )
 
 
-def probe_server(files: IdentityFiles, target: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> str | None:
+def probe_server(
+    files: IdentityFiles, target: str, *, server_name: str | None = None, timeout_s: float = PROBE_TIMEOUT_S
+) -> str | None:
     """Make one TLS handshake with `target` and say what is wrong with it; blocks for at most about `timeout_s`.
+
+    Args:
+        files: One's own identity files.
+        target: What to dial, ``host:port``.
+        server_name: The name that the server's certificate must hold; None: the host in `target`.
+        timeout_s: For the connection, and again for each step of the handshake.
 
     Returns:
         The reason in plain words, or None when the handshake succeeded and the server did not object.
@@ -132,7 +140,7 @@ def probe_server(files: IdentityFiles, target: str, *, timeout_s: float = PROBE_
         context.load_cert_chain(files.cert, files.key)
         with (
             socket.create_connection((where.host, where.port), timeout=timeout_s) as plain,
-            context.wrap_socket(plain, server_hostname=where.host) as secured,
+            context.wrap_socket(plain, server_hostname=server_name or where.host) as secured,
         ):
             return _objection(secured)
     except UserError as error:

@@ -19,13 +19,31 @@ def _group() -> None:
     """Run a site's participant."""
 
 
+Config = Annotated[Path, typer.Option("--config", help="TOML file; see docs/configuration.md.", dir_okay=False)]
+
+
 @app.command()
-def run(
-    config: Annotated[Path, typer.Option("--config", help="TOML file; see docs/configuration.md.", dir_okay=False)],
-) -> None:
+def run(config: Config) -> None:
     """Dial out to the coordinator and take part in jobs until SIGTERM."""
     settings = read_config(config)
     logs.configure(settings.log_level)
     from maskwork.participant.process import participate  # gRPC is loaded only where it is needed
 
     asyncio.run(participate(settings))
+
+
+@app.command()
+def health(config: Config) -> None:
+    """Ask this site's coordinator, with the site's identity, whether it serves; exit code 1 if not.
+
+    It tells whether the site could take part: certificate, network and coordinator. The agent itself opens no port
+    that could be asked.
+    """
+    settings = read_config(config)
+    from maskwork.net import health as probe  # gRPC is loaded only where it is needed
+    from maskwork.net.identity import IdentityFiles, Role
+
+    probe.ask_whether_serving(
+        settings.coordinator, IdentityFiles.in_directory(settings.identity), role=Role.PARTICIPANT
+    )
+    typer.echo(f"the coordinator at {settings.coordinator} serves, and takes this site's certificate")
