@@ -6,12 +6,13 @@ SEEDS   ?= 1000
 KILLS   ?= 100
 SECONDS ?= 60
 SEED    ?=
+PARTICIPANTS ?= 5
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SOURCES := common coordinator participant tests scripts benchmarks
 
 SHELL := bash
-.PHONY: sim mutants-client demo test check fmt fmt-check lint types imports layout protos protos-check vectors-check docs-check mutants lock clean chaos fuzz
+.PHONY: up down sim mutants-client demo test check fmt fmt-check lint types imports layout protos protos-check vectors-check docs-check mutants lock clean chaos fuzz
 
 demo: $(STAMP)          ## the main job: one coordinator, five sites, two of them killed on the way
 	$(BIN)/maskwork demo
@@ -20,6 +21,14 @@ test: $(STAMP)          ## the whole test suite
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 check: layout fmt-check lint types imports protos-check vectors-check docs-check mutants-client test  ## what CI runs
+
+# An engine without a bridge network of its own can build on the host's alone.
+up: export MASKWORK_BUILD_NETWORK ?= $(shell docker network inspect bridge >/dev/null 2>&1 && echo default || echo host)
+up:                     ## a federation in containers: a coordinator and PARTICIPANTS sites; README, "With Docker Compose"
+	docker compose up --build --detach --wait --wait-timeout 300 --scale participant=$(PARTICIPANTS)
+
+down:                   ## stop it; identities, models and the sites' records stay on their volumes
+	docker compose --profile researcher down
 
 $(STAMP): constraints.txt pyproject.toml common/pyproject.toml coordinator/pyproject.toml participant/pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Maskwork needs Python 3.11 or newer; call make with PYTHON=…")'
