@@ -9,7 +9,7 @@ SEED    ?=
 PARTICIPANTS ?= 5
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-SOURCES := common coordinator participant tests scripts benchmarks
+SOURCES := common coordinator participant tests scripts benchmarks docker
 
 SHELL := bash
 .PHONY: up down sim mutants-client demo test check fmt fmt-check lint types imports layout protos protos-check vectors-check docs-check mutants lock clean chaos fuzz

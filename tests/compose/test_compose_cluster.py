@@ -41,7 +41,7 @@ learning_rate = 0.05
 
 [cohort]                         # four of five suffice to end a round, but none begins without all five:
 min_participants = 5             # so the job cannot be over before the site that was cut off is back
-wait_s = 5
+max_participants = 5
 
 [deadlines]
 reconnect_s = 2
@@ -83,13 +83,19 @@ def test_every_container_is_shut_in_as_the_file_says(cluster: Cluster) -> None:
 def test_each_volume_is_mounted_where_it_is_needed_and_nowhere_else(cluster: Cluster) -> None:
     def mounts(service: str) -> set[tuple[str, bool]]:
         found = cluster.inspect(cluster.containers(service)[0])["Mounts"]
-        return {(mount["Name"].removeprefix(f"{PROJECT}_"), mount["RW"]) for mount in found if mount["Type"] == "volume"}
+        return {
+            (mount["Name"].removeprefix(f"{PROJECT}_"), mount["RW"]) for mount in found if mount["Type"] == "volume"
+        }
 
     assert mounts("coordinator") == {("coordinator-identity", False), ("coordinator-state", True)}
     assert mounts("participant") == {("site-identities", False), ("site-state", True)}
     assert ("ca", True) in mounts("identities")
     modes = "stat -c '%a %u' /identities/sites /identities/sites/*/key.pem /state"
-    assert set(cluster.compose("exec", "-T", "participant", "sh", "-c", modes).split("\n")) == {"700 10001", "600 10001", ""}
+    assert set(cluster.compose("exec", "-T", "participant", "sh", "-c", modes).split("\n")) == {
+        "700 10001",
+        "600 10001",
+        "",
+    }
 
 
 def test_the_images_hold_no_compiler_and_the_coordinators_no_torch(cluster: Cluster) -> None:
@@ -97,7 +103,9 @@ def test_the_images_hold_no_compiler_and_the_coordinators_no_torch(cluster: Clus
     for service in ("coordinator", "participant"):
         versions = cluster.compose("exec", "-T", service, "sh", "-c", looks)
         assert f"maskwork-{service} 0.1.0" in versions
-    finds = "from importlib.util import find_spec; print([n for n in ('torch', 'maskwork.participant') if find_spec(n)])"
+    finds = (
+        "from importlib.util import find_spec; print([n for n in ('torch', 'maskwork.participant') if find_spec(n)])"
+    )
     assert cluster.compose("exec", "-T", "coordinator", "python", "-c", finds) == "[]\n"
     shown = cluster.compose("exec", "-T", "participant", "python", "-c", "import torch; print(torch.__version__)")
     assert shown.partition("+")[0].strip() == "2.13.0"
