@@ -11,13 +11,15 @@ down with each of them. Of what is killed nothing remains but its files.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import hashlib
 import shutil
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
+from weakref import WeakSet
 
 from tests.simulation.identities import COORDINATOR_CERTIFICATE, COORDINATOR_SIGNER, FEDERATION, Member
 
@@ -40,16 +42,43 @@ EPOCH = 1_800_000_000.0
 TASK = "sums"
 
 
+_PROCESS: contextvars.ContextVar[Fuse] = contextvars.ContextVar("process")
+
+
+def task_of_a_process(
+    loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any], **options: Any
+) -> asyncio.Task[Any]:
+    """A task factory: each task is noted as its process's, so that a killed process has none left."""
+    task = asyncio.Task(work, loop=loop, **options)
+    context: contextvars.Context = options.get("context") or contextvars.copy_context()
+    if (process := context.get(_PROCESS)) is not None:
+        process.tasks.add(task)
+    return task
+
+
 class Killed(BaseException):
     """A process was killed here. Not an `Exception`: no handler of production's may catch it."""
 
 
 class Fuse:
-    """Counts what a process does to the world, and kills it when it was told to."""
+    """Counts what a process does to the world, and kills it when it was told to; knows every task of the process."""
 
     def __init__(self) -> None:
         self.left: int | None = None
         self.burnt = False
+        self.tasks: WeakSet[asyncio.Task[Any]] = WeakSet()
+
+    def start(self, main: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run the process; every task that comes of it is its own."""
+        context = contextvars.copy_context()
+        context.run(_PROCESS.set, self)
+        return asyncio.get_running_loop().create_task(main, context=context)
+
+    def end(self) -> None:
+        """Nothing of the process runs any more."""
+        self.burnt = True
+        for task in tuple(self.tasks):
+            task.cancel()
 
     def tick(self) -> None:
         """Before and after each effect on the world."""
@@ -211,14 +240,14 @@ class CoordinatorProcess:
             sessions=sessions,
             max_uploads=2,
             clock=clock,
+            ticks=loop.time,
             entropy=self.entropy,
         )
-        self.loop = loop.create_task(self.driver.run())
+        self.loop = self.fuse.start(self.driver.run())
 
     def kill(self) -> None:
         """What SIGKILL leaves: no word to anybody, the files as they are."""
-        self.fuse.burnt = True
-        self.loop.cancel()
+        self.fuse.end()
         self.worker.vanish()
         self.driver.hang_up()
         self.store.close()
@@ -262,7 +291,7 @@ class SiteProcess:
             entropy=self.entropy,
         )
         self.driver.link = self.link
-        self.loop = loop.create_task(self._run())
+        self.loop = self.fuse.start(self._run())
 
     async def _run(self) -> None:
         await self.driver.prepare()
@@ -270,7 +299,6 @@ class SiteProcess:
 
     def kill(self) -> None:
         """What SIGKILL leaves."""
-        self.fuse.burnt = True
-        self.loop.cancel()
+        self.fuse.end()
         self.worker.vanish()
         self.ledger.close()

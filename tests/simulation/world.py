@@ -23,7 +23,16 @@ from tests.simulation.invariants import WEIGHT_CAP, Violation, Watch, must
 from tests.simulation.lies import lie_down, lie_up
 from tests.simulation.network import Connection, Gone, Greeting, SimulatedLink, Upload
 from tests.simulation.operations import COORDINATOR, Channel, Kind, Op
-from tests.simulation.processes import EPOCH, TASK, CoordinatorProcess, Entropy, Fuse, Killed, SiteProcess
+from tests.simulation.processes import (
+    EPOCH,
+    TASK,
+    CoordinatorProcess,
+    Entropy,
+    Fuse,
+    Killed,
+    SiteProcess,
+    task_of_a_process,
+)
 from tests.simulation.virtual_loop import VirtualLoop
 
 from maskwork import job_events as events
@@ -102,6 +111,7 @@ class World:
         self.coordinator: CoordinatorProcess | None = None
         self.until_timer: float | None = None
         self.loop = VirtualLoop(self._idle)
+        self.loop.set_task_factory(task_of_a_process)
         self.heard: dict[str, list[bytes]] = {}
         self._schedule = schedule
         self._entropy = Entropy(settings.seed)
@@ -489,8 +499,6 @@ class World:
                 _must_have_been_killed(place.process)
                 self._break_transfer(place)
                 place.process.kill()
-                if place.link is not None:
-                    place.link.connection = None  # what still retries in the dead process finds nobody
                 place.process = None
                 if place.connections:
                     place.connections[-1].site_is_gone()
