@@ -25,6 +25,7 @@ from maskwork.participant.config import TaskConfig
 from maskwork.participant.driver import Driver
 from maskwork.participant.ledger import Ledger
 from maskwork.participant.policy import Policy
+from maskwork.participant.room import Pause
 from maskwork.participant.training_calls import MaskRequest, MaskResult, TrainRequest, TrainSummary
 from maskwork.participant.work import SiteIdentity
 from maskwork.secagg import client, client_states, keys, masking, server
@@ -141,7 +142,12 @@ class FakeLink:
         self.breaks_after: list[int] = []
         self.held_downloads = False
         self.go = asyncio.Event()
-        self._changed = asyncio.Condition()
+        self.redials = 0
+        self.redialled = asyncio.Event()
+
+    def redial(self) -> None:
+        self.redials += 1
+        self.redialled.set()
 
     def send(self, session: bytes, message: codec.Request) -> None:
         if self.up:
@@ -176,7 +182,7 @@ class FakeLink:
 class Table:
     """One participant under test, at roster index `OWN`, and everybody else played by the pure halves."""
 
-    def __init__(self, folder: Path, policy: Policy | None = None) -> None:
+    def __init__(self, folder: Path, policy: Policy | None = None, *, pause: Pause = asyncio.sleep) -> None:
         self.folder = folder
         self.worker = FakeWorker()
         self.link = FakeLink()
@@ -199,6 +205,7 @@ class Table:
             make_worker=lambda _name, _task: self.worker,
             clock=lambda: NOW,
             entropy=lambda length: hashlib.shake_256(b"entropy").digest(length),
+            pause=pause,
         )
         self.driver.link = self.link
         model = folder / "model.safetensors"

@@ -175,7 +175,8 @@ def after_abort(
         following = replace(run, attempt=run.attempt + 1, excluded={**run.excluded, **excluded})
         return put_off(following, detail, now=now)
     why = "; ".join([reason.value, *(f"{name}: {said}" for name, said in sorted((drops or {}).items()))])
-    answered = bool(drops) and all(said.startswith("withdrew") for said in (drops or {}).values())
+    full = AbortReason.STORAGE_FAILED.value  # a site's disk: what it answers changes when somebody mends it
+    answered = bool(drops) and all(s.startswith("withdrew") and full not in s for s in (drops or {}).values())
     pause = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** min(run.failures, 20))
     return replace(
         run,

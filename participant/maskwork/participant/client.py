@@ -144,6 +144,11 @@ class CoordinatorLink:
         if self._outbox is not None:
             self._outbox.put_nowait(codec.encode_request(session, message))
 
+    def redial(self) -> None:
+        """End the control stream; `run` connects anew."""
+        if self._outbox is not None:
+            self._outbox.put_nowait(None)
+
     async def hang_up(self) -> None:
         """End the control stream after what is queued already, and wait until the coordinator has ended it too."""
         if self._outbox is not None:

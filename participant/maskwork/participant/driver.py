@@ -18,8 +18,9 @@ from typing import BinaryIO, assert_never
 
 import structlog
 
+from maskwork.errors import StorageUnavailable, storage_unavailable
 from maskwork.net.identity import VerifiedCertificate
-from maskwork.participant import training_calls
+from maskwork.participant import room, training_calls
 from maskwork.participant.agent import check_offer
 from maskwork.participant.client import LinkDown, LinkUp, Said, TransferError
 from maskwork.participant.config import TaskConfig
@@ -75,6 +76,7 @@ class Driver:
         make_worker: Callable[[str, TaskConfig], Worker] = training_worker,
         clock: Callable[[], float] = time.time,
         entropy: Callable[[int], bytes] = os.urandom,
+        pause: room.Pause = asyncio.sleep,
     ) -> None:
         self._identity = identity
         self._ledger = ledger
@@ -90,6 +92,8 @@ class Driver:
         self._work: Work | None = None
         self._discarding: set[asyncio.Task[None]] = set()
         self._connected = asyncio.Event()
+        self._pause = pause
+        self._waiting_for_room: asyncio.Task[None] | None = None
         self.inbox: asyncio.Queue[object] = asyncio.Queue(256)
         self.link: Link | None = None
 
@@ -122,6 +126,8 @@ class Driver:
             self._fail(AbortReason.CANCELLED, "the participant stops")
         for task in self._discarding:
             task.cancel()
+        if self._waiting_for_room is not None:
+            self._waiting_for_room.cancel()
 
     async def close(self) -> None:
         """Forget the session, end the workers."""
@@ -220,8 +226,14 @@ class Driver:
             return
         if self._work is not None:  # the coordinator has given up the session before; so do we
             self._abandon()
-        folder = self._scratch / session.hex()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder, needed = self._scratch / session.hex(), room.needed_for(offer)
+        try:
+            room.make_room(folder, needed)
+        except StorageUnavailable as error:
+            log.error("no room for a session", detail=str(error))
+            self._send(session, Decline(DeclineCode.PAUSED, _told(error)))
+            self._connect_anew_with_room(needed)
+            return
         work = self._work = Work(session, offer, config, folder)
         log.info("plan accepted", job=plan.job, round=plan.round_number, attempt=plan.attempt, cohort=plan.cohort)
         self._spawn(work, self._fetch(work), AbortReason.WRONG_MODEL)
@@ -356,12 +368,24 @@ class Driver:
         work = self._work
         if work is not None and work.state is None:
             log.warning("session abandoned", reason=reason.value, detail=detail)
-            code = DeclineCode.PAUSED if reason is AbortReason.CANCELLED else DeclineCode.WRONG_MODEL
-            said = "the site stops" if code is DeclineCode.PAUSED else "the plan's model could not be fetched"
+            code, said = _DECLINED.get(reason, (DeclineCode.WRONG_MODEL, "the plan's model could not be fetched"))
             self._send(work.id, Decline(code, said))
             self._end()
+            if reason is AbortReason.STORAGE_FAILED:
+                self._connect_anew_with_room(room.needed_for(work.offer))
         else:
             self._step(core.LocalFailure(reason, detail))
+
+    def _connect_anew_with_room(self, needed: int) -> None:
+        """A site that declined is asked again after it has connected anew: do that when the disk can take a session."""
+
+        async def later() -> None:
+            await room.wait_for_room(self._scratch / "room", needed, pause=self._pause)
+            if self.link is not None:
+                self.link.redial()
+
+        if self._waiting_for_room is None or self._waiting_for_room.done():
+            self._waiting_for_room = asyncio.get_running_loop().create_task(later())
 
     def _abandon(self) -> None:
         """Drop a session that the coordinator has replaced by another; nobody waits for a Withdraw any more."""
@@ -391,8 +415,10 @@ class Driver:
             except WorkerDied as error:  # and its update with it, whatever was being done to that
                 await self.inbox.put(Failed(work, AbortReason.TRAINING_FAILED, str(error)))
             except Exception as error:  # a site's own code may raise anything; the session must hear of it
-                detail = str(error) or type(error).__name__
-                await self.inbox.put(Failed(work, reason, detail))
+                short = storage_unavailable(error, file=work.folder)
+                detail = str(short or error) or type(error).__name__
+                why = reason if short is None else AbortReason.STORAGE_FAILED
+                await self.inbox.put(Failed(work, why, detail))
 
         task = asyncio.get_running_loop().create_task(guarded())
         work.tasks.add(task)
@@ -435,7 +461,11 @@ class Driver:
         if work is not self._work:
             return
         path = work.folder / "update"
-        work.update, work.statistics = path.open("rb", buffering=0), masked.result.statistics
+        try:
+            work.update, work.statistics = path.open("rb", buffering=0), masked.result.statistics
+        except OSError as error:
+            self._fail(AbortReason.STORAGE_FAILED, str(storage_unavailable(error, file=path) or error))
+            return
         path.unlink()
         if masked.result.clamped:
             log.info("coordinates clamped", count=masked.result.clamped)
@@ -470,6 +500,18 @@ class Driver:
         work.uploading = False
         if uploaded.received is None:
             self._offer_upload()  # if the stream is down this is lost, and offered again when it is up
+
+
+_DECLINED = {
+    AbortReason.CANCELLED: (DeclineCode.PAUSED, "the site stops"),
+    AbortReason.STORAGE_FAILED: (DeclineCode.PAUSED, "the site's disk cannot take the session now; its log says more"),
+}
+"""What a site says when it gives an offer up while it still fetches; anything else is about the model."""
+
+
+def _told(error: StorageUnavailable) -> str:
+    """What the coordinator's operator may know of it: no path of this site's."""
+    return f"the scratch directory cannot take a session now: {error.what.partition(' (')[0]}; its log says more"
 
 
 async def _discard(worker: Worker, session: bytes) -> None:

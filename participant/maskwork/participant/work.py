@@ -120,6 +120,10 @@ class Link(Protocol):
         """Send a message if connected."""
         ...
 
+    def redial(self) -> None:
+        """End the connection and make another."""
+        ...
+
     async def download(self, digest: bytes, size: int, path: Path) -> bytes:
         """Fetch something content-addressed into `path`; returns its digest; raises TransferError."""
         ...
