@@ -13,6 +13,7 @@ import structlog
 from tests.participant.local_site import Table
 from tests.small_disk import SmallDisk, small_disk
 
+from maskwork.errors import StorageUnavailable
 from maskwork.participant import room
 from maskwork.secagg import server_states as core
 from maskwork.secagg.errors import AbortReason, DeclineCode
@@ -134,6 +135,6 @@ async def test_what_a_site_promised_is_still_there_after_its_disk_was_full(table
 
 
 async def test_room_is_asked_for_with_the_figures(tmp_path: Path) -> None:
-    with pytest.raises(room.StorageUnavailable, match=r"a session needs \d{16} bytes, \d+ are free"):
+    with pytest.raises(StorageUnavailable, match=r"a session needs \d{16} bytes, \d+ are free"):
         room.make_room(tmp_path / "session", 10**15)
     assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,7 @@
 """The coordinator process: puts store, worker, driver and services together, and takes them apart in order.
 
 It holds no logic of its own. SIGTERM and SIGINT drain: the open session is given up (unless it can be resumed), streams
-are closed, everything committed is on the disk, and the process ends with 0.
+are closed, everything committed is on the disk, and the process ends with 0, within `stopping.STOP_WITHIN_S`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
-import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -25,11 +24,13 @@ from maskwork.coordinator.jobs import JobDesk
 from maskwork.coordinator.models import ModelStore
 from maskwork.coordinator.service import FederationService, JobService
 from maskwork.coordinator.store import Store
+from maskwork.database import world_failures
 from maskwork.errors import UserError
 from maskwork.net.diagnosis import check_own_files, load_private_key
 from maskwork.net.identity import IdentityFiles, Role, TrustRoots, load_certificate, to_der
 from maskwork.net.tls import SERVER_OPTIONS, server_credentials
 from maskwork.secagg.keys import SoftwareSigner
+from maskwork.stopping import Stop
 from maskwork.wire.v1 import federation_pb2, federation_pb2_grpc, jobs_pb2, jobs_pb2_grpc
 from maskwork.worker import WorkerProcess
 
@@ -50,14 +51,11 @@ async def serve(config: CoordinatorConfig) -> None:
     Raises:
         UserError: a file, the address or the database is not usable; the text says which and what to do.
     """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    stop = Stop()
     async with running(config) as (driver, address):
         log.info("coordinator ready", listen=address, federation=driver.federation.name)
         loop_task = asyncio.create_task(driver.run())
-        stopped = asyncio.create_task(stop.wait())
+        stopped = asyncio.create_task(stop.asked.wait())
         try:
             await asyncio.wait({loop_task, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if loop_task.done():
@@ -80,7 +78,8 @@ async def running(config: CoordinatorConfig) -> AsyncIterator[tuple[Driver, str]
     own = roots.verify(to_der(load_certificate(files.cert)), now=time.time(), role=Role.COORDINATOR)
     federation = Federation(own.identity.federation, own.der, SoftwareSigner(load_private_key(files.key)))
     sessions = config.state / "sessions"
-    sessions.mkdir(parents=True, exist_ok=True)
+    with world_failures(str(sessions)):
+        sessions.mkdir(parents=True, exist_ok=True)
     models = ModelStore(config.state / "models")
     with Store.open(config.database_url) as store:
         async with WorkerProcess(name="aggregation", preload=("maskwork.coordinator.aggregation",)) as worker:

@@ -1,13 +1,13 @@
 """The participant process: puts ledger, policy, workers, link and driver together, and takes them apart in order.
 
-It opens no port. SIGTERM and SIGINT leave the session, end the workers and end the process with 0.
+It opens no port. SIGTERM and SIGINT leave the session, end the workers and end the process with 0, within
+`stopping.STOP_WITHIN_S`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import shutil
-import signal
 import time
 
 import structlog
@@ -21,6 +21,7 @@ from maskwork.participant.ledger import Ledger
 from maskwork.participant.policy import Policy, read_policy
 from maskwork.participant.work import SiteIdentity
 from maskwork.secagg.keys import SoftwareSigner
+from maskwork.stopping import Stop
 
 log = structlog.get_logger("maskwork.participant")
 
@@ -63,11 +64,8 @@ async def participate(config: ParticipantConfig) -> None:
 
 
 async def _run(driver: Driver, link: CoordinatorLink) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    stopped = asyncio.create_task(stop.wait())
+    stop = Stop()
+    stopped = asyncio.create_task(stop.asked.wait())
     try:
         preparing = asyncio.create_task(driver.prepare())
         await asyncio.wait({preparing, stopped}, return_when=asyncio.FIRST_COMPLETED)
