@@ -2,7 +2,7 @@
 
 The first signal sets `Stop.asked`; the service drains. Further ones change nothing. If the process is still there after
 `STOP_WITHIN_S` (a loop that is busy, a thread that nobody can cancel, a peer that does not let go), it ends then and
-there, with 0 as well: whatever was committed is on the disk, and the next start goes on from it as it would after a kill.
+there, with 0 as well: whatever was committed is on the disk, and the next start goes on as after a kill.
 
 It does NOT drain anything: what is told to whom, and in which order things are closed, is each service's own.
 """

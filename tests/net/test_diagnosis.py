@@ -1,5 +1,6 @@
 """What a side says about its own files, and about a connection that failed."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,30 @@ def test_what_is_no_target(text: str) -> None:
 
 def test_a_probe_of_what_is_no_target_says_so(files: IdentityFiles) -> None:
     assert "HOST:PORT" in (probe_server(files, "hub") or "")
+
+
+def test_a_clock_earlier_than_ones_own_files_is_said_to_be_wrong(files: IdentityFiles) -> None:
+    for path in (files.ca, files.cert, files.key):
+        os.utime(path, (NOW, NOW))
+    with pytest.raises(IdentityError) as caught:
+        check_own_files(files, now=NOW - 365 * DAY)
+    assert caught.value.problem is IdentityProblem.NOT_YET_VALID
+    assert "This machine's clock says 2026-01-15" in caught.value.text
+    assert "but these files were written at 2027-01-15" in caught.value.text
+    assert "the clock is wrong; set it" in caught.value.text
+
+
+def test_a_clock_that_may_be_ahead_is_named_beside_a_certificate_that_may_be_old(files: IdentityFiles) -> None:
+    for path in (files.ca, files.cert, files.key):
+        os.utime(path, (NOW, NOW))
+    with pytest.raises(IdentityError) as caught:
+        check_own_files(files, now=NOW + 31 * DAY)
+    assert "expired at" in caught.value.text
+    assert "these files were written at 2027-01-15" in caught.value.text
+    assert "if it is wrong, set it first" in caught.value.text
+
+
+def test_a_fault_that_is_no_matter_of_time_says_nothing_of_clocks(files: IdentityFiles) -> None:
+    with pytest.raises(IdentityError) as caught:
+        check_own_files(files, now=NOW, role=Role.OPERATOR)
+    assert "clock" not in caught.value.text

@@ -13,6 +13,7 @@ Rule: time is an argument, and a probe is bounded by a timeout.
 import socket
 import ssl
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -31,10 +32,15 @@ from maskwork.net.identity import (
     read_identity_file,
     to_der,
 )
-from maskwork.net.names import shortened
+from maskwork.net.names import shortened, utc_text
 
 PROBE_TIMEOUT_S: Final = 5.0
 _LOOKS_FOR_ALERTS_S: Final = 1.0
+_CLOCKS_DIFFER_S: Final = 300.0
+_ABOUT_TIME: Final = (IdentityProblem.EXPIRED, IdentityProblem.NOT_YET_VALID)
+
+
+_VERIFIED_BY_TIME: Final = (9, 10)  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +86,33 @@ def check_own_files(
     try:
         verified = roots.verify(to_der(certificate), now=now, role=role)
     except IdentityError as error:
-        raise IdentityError(error.problem, f"{files.cert}: {error.text}") from None
+        doubt = clock_doubt(files, now=now) if error.problem in _ABOUT_TIME else ""
+        raise IdentityError(error.problem, f"{files.cert}: {error.text}{doubt}") from None
     _check_key(files, verified)
     return verified
+
+
+def clock_doubt(files: IdentityFiles, *, now: float) -> str:
+    """What speaks for this machine's clock being wrong, rather than a certificate: a sentence to add, or nothing.
+
+    A clock cannot be earlier than the moment at which one's own files were written. One that is years past it may be
+    right, and the certificate old; so there both are named.
+    """
+    try:
+        written = max(path.stat().st_mtime for path in (files.ca, files.cert, files.key))
+    except OSError:
+        return ""
+    said, then = _moment(now), _moment(written)
+    if now < written - _CLOCKS_DIFFER_S:
+        return (
+            f". This machine's clock says {said}, but these files were written at {then}: the clock is wrong; set it "
+            "(timedatectl), then start again"
+        )
+    return f". This machine's clock says {said}, and these files were written at {then}: if it is wrong, set it first"
+
+
+def _moment(unix_s: float) -> str:
+    return utc_text(datetime.fromtimestamp(unix_s, UTC))
 
 
 def explain_connection_failure(
@@ -146,7 +176,8 @@ def probe_server(
     except UserError as error:
         return str(error)
     except ssl.SSLCertVerificationError as error:
-        return f"the server's certificate is refused: {error.verify_message}"
+        clock = " (or this machine's clock is wrong)" if error.verify_code in _VERIFIED_BY_TIME else ""
+        return f"the server's certificate is refused: {error.verify_message}{clock}"
     except ssl.SSLError as error:
         return f"the TLS 1.3 handshake fails: {_tls_reason(error)}"
     except socket.gaierror as error:
