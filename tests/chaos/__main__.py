@@ -1,13 +1,14 @@
 """`make chaos`: one coordinator and five sites as real processes, faults by the plan of a seed, and what came of it.
 
-Exit code 0 if nothing is wrong with what the processes wrote, 1 otherwise. The run's folder keeps everything: what each
-process wrote, `chaos.json` and `chaos.md`.
+Ctrl-C strikes no more: the job is finished, and what was done is judged. Exit code 0 if nothing is wrong with what the
+processes wrote, 1 otherwise. The run's folder keeps everything: what each process wrote, `chaos.json` and `chaos.md`.
 """
 
 import argparse
 import asyncio
 import json
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -56,9 +57,11 @@ async def run(home: Path, *, seed: int, kills: int, rounds: int, say: Callable[[
     federation = Federation(home)
     campaign = Campaign(federation, planned(seed), kills=kills, rounds=rounds, say=say)
     started = time.monotonic()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, campaign.stop)
     try:
         await campaign.run()
     finally:
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
         await federation.close()
         done = {"struck": [asdict(s) for s in campaign.struck], "lives": [asdict(life) for life in federation.lives]}
         (home / "done.json").write_text(json.dumps(done, indent=2) + "\n")

@@ -167,12 +167,13 @@ class Federation(World):
     async def _left_by(self, life: Life) -> tuple[int, ...]:
         # Nobody tells of the end of a process that is not one's child, so this looks again until there is none.
         deadline = time.monotonic() + GONE_WITHIN_S
-        while (left := _marked(self._mark(life))) and time.monotonic() < deadline:
+        while (left := marked(self._mark(life))) and time.monotonic() < deadline:
             await asyncio.sleep(LOOK_AGAIN_S)
         return left
 
 
-def _marked(mark: str) -> tuple[int, ...]:
+def marked(mark: str) -> tuple[int, ...]:
+    """Processes that live and carry this mark: one that was started with it, and everything that it started."""
     wanted, found = f"{MARK}={mark}".encode(), []
     for environment in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):  # it has ended, or is not ours to read

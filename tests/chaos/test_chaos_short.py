@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("services")]
 SEED, KILLS = 13, 4
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 async def test_a_few_faults_break_nothing(tmp_path: Path) -> None:
     home = tmp_path / "run"
     home.mkdir()
