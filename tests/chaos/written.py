@@ -1,7 +1,7 @@
 """What the processes of a run left behind, read with SQL and SHA-256: with no store and no ledger of ours.
 
-Only plans and model files are decoded by our own code. `read` returns one frozen value, `Written`; models stay on the disk and are read when they are asked for. Nothing
-is judged here. Not a test itself.
+Only plans and model files are decoded by our own code. `read` returns one frozen value, `Written`; models stay on the
+disk and are read when they are asked for. Nothing is judged here. Not a test itself.
 """
 
 import hashlib
