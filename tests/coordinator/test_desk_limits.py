@@ -100,3 +100,15 @@ async def test_room_is_given_back_when_a_submission_fails(office: Office) -> Non
     with pytest.raises(Refused, match="were announced"):
         await office.submit(size=len(MODEL) + 1)
     await office.submit()
+
+
+async def test_a_model_that_is_refused_leaves_nothing_on_the_disk_and_tells_no_path(office: Office) -> None:
+    nan = MODEL[:-4] + b"\xff\xff\xff\xff"
+
+    async def spoilt() -> AsyncIterator[bytes]:
+        yield nan
+
+    with pytest.raises(Refused, match="NaN or infinity") as refused:
+        await office.submit(chunks=spoilt())
+    assert str(office.models.directory) not in str(refused.value)
+    assert not list(office.models.directory.iterdir())

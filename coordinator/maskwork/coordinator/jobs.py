@@ -73,10 +73,9 @@ class JobDesk:
         self._check_room(submitted_by, model_size)
         self._promised += model_size
         try:
-            digest = await self._take_model(model_size, chunks)
+            digest = await self._take_model(model_size, chunks, submitted_by)
         finally:
             self._promised -= model_size
-        self._check_room(submitted_by)  # others of the same submitter may have come in meanwhile
         record = self._record(spec, digest, submitted_by)
         self._store.add_job(record)
         return summary(record, at=self._clock())
@@ -94,7 +93,7 @@ class JobDesk:
             log.error("no room for a submitted model", file=str(self._models.directory), free=free, wanted=model_size)
             raise Refused(Refusal.TOO_MUCH, "the coordinator has no room for this model; tell its operator")
 
-    async def _take_model(self, size: int, chunks: AsyncIterable[bytes]) -> bytes:
+    async def _take_model(self, size: int, chunks: AsyncIterable[bytes], submitted_by: str) -> bytes:
         with self._models.incoming(max_bytes=size) as incoming:
             try:
                 async for chunk in chunks:
@@ -103,13 +102,18 @@ class JobDesk:
                 raise Refused(Refusal.INVALID, f"more than the {size} bytes that were announced") from error
             if incoming.size != size:
                 raise Refused(Refusal.INVALID, f"the model has {incoming.size} bytes, {size} were announced")
-            digest = incoming.commit()
+            await self._judge(incoming.written())
+            self._check_room(submitted_by)  # others of the same submitter may have come in meanwhile
+            return incoming.commit()
+
+    async def _judge(self, path: Path) -> None:
+        """Refuse a model before it is kept: nothing would delete it before the next start."""
         try:
             async with self._reading:  # one at a time: a header's JSON may take many times its bytes
-                await asyncio.to_thread(check_finite, self._models.path(digest))
+                await asyncio.to_thread(check_finite, path)
         except ModelFileError as error:
-            raise Refused(Refusal.INVALID, f"the initial model is not usable: {error}") from error
-        return digest
+            said = str(error).removeprefix(f"{path}: ")  # where it lies here is not the submitter's business
+            raise Refused(Refusal.INVALID, f"the initial model is not usable: {said}") from error
 
     def _record(self, spec: JobSpec, model: bytes, submitted_by: str) -> JobRecord:
         return JobRecord(

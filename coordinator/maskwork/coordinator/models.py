@@ -79,6 +79,16 @@ class IncomingModel:
         self._hash.update(chunk)
         self._size = size
 
+    def written(self) -> Path:
+        """Where the chunks so far can be read, to be judged before `commit`.
+
+        Raises:
+            StoreError: If the disk fails.
+        """
+        with _world_failures(self._path):
+            self._file.flush()
+        return self._path
+
     def commit(self) -> bytes:
         """Make it durable under its digest, and return that (32 bytes)."""
         if self._digest is not None:
