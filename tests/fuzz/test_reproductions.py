@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.coordinator.local_federation import AUTHORITY, spec
+from tests.coordinator.local_federation import AUTHORITY, FOUR, PATIENCE_S, connect_all, federation, spec
 from tests.fuzz import recordings
 
 from maskwork.coordinator.config import read_config as read_coordinator_config
@@ -18,6 +19,7 @@ from maskwork.job import parse_spec, read_job_file
 from maskwork.net.identity import IdentityError, TrustRoots, load_certificate, to_der
 from maskwork.participant.config import read_config as read_participant_config
 from maskwork.participant.policy import read_policy
+from maskwork.wire.codec import UploadGrant, UploadReady
 
 READERS = (read_job_file, read_policy, read_coordinator_config, read_participant_config)
 
@@ -92,3 +94,24 @@ def test_a_certificate_file_that_its_parser_chokes_on_late_is_malformed(tmp_path
         load_certificate(path)
     with pytest.raises(IdentityError, match="is not a PEM certificate"):
         TrustRoots.from_pem(as_pem(spoilt))
+
+
+async def test_a_member_that_asks_for_its_grant_again_and_again_holds_no_slot_by_that(tmp_path: Path) -> None:
+    async with federation(tmp_path, max_uploads=1) as (coordinator, sites):
+        coordinator.add_job(cohort=FOUR)
+        for site in sites.values():
+            site.silent = {UploadGrant}  # granted, and nothing is streamed
+        await connect_all(coordinator, sites)
+        async with asyncio.timeout(PATIENCE_S):
+            while not all(any(isinstance(m, UploadReady) for m in site.said) for site in sites.values()):
+                await asyncio.sleep(0)
+        await coordinator.settled()
+        session_runner = coordinator.driver._runner
+        assert session_runner is not None
+        (granted,) = [key for key in session_runner.session.timers if isinstance(key, tuple) and key[0] == "grant"]
+        before = session_runner.session.timers[granted]
+        for site in sites.values():
+            await site.say(UploadReady())
+        await coordinator.settled()
+        assert session_runner.session.timers[granted] is before
+        assert not before.cancelled()

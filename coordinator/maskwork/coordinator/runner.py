@@ -186,9 +186,9 @@ class SessionRunner:
         peer.send(codec.encode_response(self.session.id, response, self.session.plan.cohort))
 
     def _grant(self, member: int) -> None:
-        self._cancel_timer("grant", member)
-        idle = core.Lost(member, DropReason.DEADLINE, f"did not begin its upload within {GRANT_S:g} s of the grant")
-        self.session.timers["grant", member] = self._around.later(GRANT_S, self.session.id, idle)
+        if ("grant", member) not in self.session.timers:  # asking again buys no time: others wait for the slot
+            idle = core.Lost(member, DropReason.DEADLINE, f"did not begin its upload within {GRANT_S:g} s of the grant")
+            self.session.timers["grant", member] = self._around.later(GRANT_S, self.session.id, idle)
         self._send(member, self.session.grant(member))
 
     # --- for watchers and the record ----------------------------------------------------------------------------------
