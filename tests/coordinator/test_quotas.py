@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
-from tests.coordinator.local_federation import LocalSite
+from tests.coordinator.local_federation import FOUR, PATIENCE_S, LocalSite, connect_all, federation
 
+from maskwork.coordinator.happenings import PeerSaid
 from maskwork.coordinator.peers import UNHANDLED_LIMIT, Peer
 from maskwork.coordinator.quotas import AT_A_TIME, AT_A_TIME_OF_OTHERS, CALLS_BURST, LINES_BURST, Bucket, Quotas
+from maskwork.coordinator.records import JobState
 from maskwork.net.permissions import PERMISSIONS
 from maskwork.net.status import MAX_PHRASE, Refusal, Refused, status_of
+from maskwork.secagg.messages import Advertisements
+from maskwork.wire.codec import UploadReady
 
 DOWNLOAD = "/maskwork.wire.v1.FederationService/Download"
 CHECK = "/grpc.health.v1.Health/Check"
@@ -80,6 +85,20 @@ async def test_one_sites_messages_wait_at_its_stream_not_in_front_of_others() ->
     assert not waiting.done()
     peer.handled()
     await waiting
+
+
+async def test_a_member_that_floods_is_heard_in_turn_and_the_round_goes_on(tmp_path: Path) -> None:
+    async with federation(tmp_path) as (coordinator, sites):
+        coordinator.add_job(cohort=FOUR)
+        await connect_all(coordinator, sites)
+        flooding = sites["site-d"]
+        await flooding.until_heard(Advertisements)
+        assert flooding.peer is not None
+        async with asyncio.timeout(PATIENCE_S):
+            for _ in range(20 * UNHANDLED_LIMIT):
+                await flooding.peer.room()
+                await coordinator.driver.post(PeerSaid(flooding.peer, bytes(32), UploadReady()))
+        assert (await coordinator.until_ended()).state is JobState.COMPLETED
 
 
 def test_a_phrase_fits_the_header_that_it_travels_in() -> None:
