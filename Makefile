@@ -18,7 +18,7 @@ demo: $(STAMP)          ## the main job: one coordinator, five sites, two of the
 	$(BIN)/maskwork demo
 
 test: $(STAMP)          ## the whole test suite
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: layout fmt-check lint types imports protos-check vectors-check docs-check mutants-client test  ## what CI runs
 
