@@ -72,7 +72,7 @@ class Cluster:
     def site_of(self, container: str) -> str:
         """The site that a replica says it has become, the last time that it began."""
         logged = self._run("docker", "logs", container, also_stderr=True)
-        return re.findall(r"^this replica is (site-\d+)$", logged, re.MULTILINE)[-1]
+        return str(re.findall(r"^this replica is (site-\d+)$", logged, re.MULTILINE)[-1])
 
     def researcher(self, *arguments: str) -> bytes:
         """Run a researcher's command to its end; what it wrote to standard output."""

@@ -62,7 +62,7 @@ def behind(target: str) -> set[str]:
 
 
 def requirements(*folders: str) -> list[str]:
-    command = [sys.executable, ROOT / "docker" / "requirements.py", *folders]
+    command = [sys.executable, str(ROOT / "docker" / "requirements.py"), *folders]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return [re.split(r"[\[<>=]", line)[0].lower() for line in printed.splitlines()]
 
