@@ -21,7 +21,9 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).resolve().parents[2]
 PROJECT: Final = "maskwork-test"
 PARTICIPANTS: Final = 5
-PATIENCE_S: Final = 120.0
+PATIENCE_S: Final = 240.0
+LINES_SHOWN: Final = 40
+"""Of a command that failed: the build of an image says a lot before."""
 
 
 def why_no_engine() -> str | None:
@@ -99,7 +101,9 @@ class Cluster:
             command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
             timeout=timeout_s,
         )  # fmt: skip
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+        if done.returncode != 0:
+            said = "\n".join((done.stdout + done.stderr).splitlines()[-LINES_SHOWN:])
+            raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{said}")
         return done.stdout + done.stderr if also_stderr else done.stdout
 
 

@@ -139,6 +139,15 @@ async def test_a_certificate_that_the_server_does_not_take_is_told(federation: F
             await asyncio.to_thread(health.ask_whether_serving, f"localhost:{port}", impostor, role=Role.PARTICIPANT)
 
 
+async def test_a_certificate_for_another_role_makes_no_healthy_site(federation: Federation) -> None:
+    """The service answers any role; a site with a researcher's certificate could still never take part."""
+    files = federation.issue(Role.COORDINATOR, "main", "localhost")
+    researcher = federation.issue(Role.RESEARCHER, "alice")
+    async with serving(files) as port:
+        with pytest.raises(UserError, match="role researcher"):
+            await asyncio.to_thread(health.ask_whether_serving, f"localhost:{port}", researcher, role=Role.PARTICIPANT)
+
+
 @pytest.mark.parametrize(
     ("listen", "dialled"),
     [
