@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import os
 import resource
 import time
 from collections.abc import AsyncIterator
