@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import pytest_asyncio
-from tests.e2e.services import MASKWORK, PATIENCE_S, SITES, Service, World, spec
-from tests.e2e.test_services import descendants
+from tests.e2e.services import MASKWORK, PATIENCE_S, SITES, Service, World, descendants, spec
 from tests.small_disk import SmallDisk, small_disk
 
 from maskwork import job_events as events

@@ -278,6 +278,11 @@ class SimulatedLink:
             self.connection.channels[Channel.UP].append(data)
         self._fuse.tick()
 
+    def redial(self) -> None:
+        """End the stream; a new one is made when a `HEAL` says so."""
+        if self.connection is not None:
+            self.connection.cut()
+
     async def download(self, digest: bytes, size: int, path: Path) -> bytes:
         """Fetch something; raises TransferError."""
         download = Download(digest, path, asyncio.get_running_loop().create_future())

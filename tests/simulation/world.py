@@ -111,7 +111,7 @@ class World:
         self.coordinator: CoordinatorProcess | None = None
         self.until_timer: float | None = None
         self.loop = VirtualLoop(self._idle)
-        self.loop.set_task_factory(task_of_a_process)
+        self.loop.set_task_factory(task_of_a_process)  # type: ignore[arg-type]  # typeshed has it take no options
         self.heard: dict[str, list[bytes]] = {}
         self._schedule = schedule
         self._entropy = Entropy(settings.seed)
