@@ -32,6 +32,12 @@ class SmallDisk:
                 except OSError:
                     continue
 
+    def fill_but(self, left: int) -> None:
+        """Leave about so many bytes."""
+        with self._filler.open("ab", buffering=0) as file:
+            while os.statvfs(self.root).f_bavail * os.statvfs(self.root).f_frsize > left:
+                file.write(bytes(1 << 16))
+
     def empty(self) -> None:
         """Give back what `fill` took."""
         self._filler.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ coordinator's commands never see torch; an error meant for the person at the ter
 exit code 1, and never with a traceback; locals never reach the terminal.
 """
 
+import errno
 import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, distributions, entry_points
@@ -23,7 +24,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command, get_group
 
-from maskwork.errors import UserError
+from maskwork.errors import StoreError, UserError
 
 if TYPE_CHECKING:
     # Typer carries its click inside and does not give these types a public name.
@@ -115,6 +116,8 @@ def run(contributions: Mapping[str, tuple[EntryPoint, ...]], arguments: list[str
     except UserError as error:
         _fail(str(error))
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # whatever file it was: it is the limit that is to be mended
+            _fail(str(StoreError.from_cause(error, file=error.filename or "maskwork")))
         if error.filename is None:
             raise
         _fail(f"{error.filename}: {error.strerror}")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import pytest
 from tests.coordinator.local_federation import (
     SITES,
+    InlineWorker,
     LocalCoordinator,
     LocalSite,
     connect_all,
@@ -26,6 +29,8 @@ from maskwork.secagg.messages import AdvertiseKeys, Decline
 from maskwork.wire.codec import OpenSession
 
 THREE = SITES[:3]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def break_file(coordinator: LocalCoordinator, digest: bytes, how: str) -> None:
@@ -205,6 +210,31 @@ async def test_a_model_damaged_while_the_job_runs_is_found_and_rolled_back(tmp_p
         record = await restarted.until_ended()
         assert (record.state, record.rolled_back) == (JobState.COMPLETED, 1)
         np.testing.assert_allclose(model_of(restarted, record.current_model), 2 * mean_update(THREE), atol=1e-4)
+
+
+class BreakingWorker(InlineWorker):
+    """Damages the model that the `count`th sum is to be added to, right before that."""
+
+    coordinator: LocalCoordinator
+    count = 2
+
+    async def call(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if function.__name__ == "release":
+            self.count -= 1
+            if self.count == 0:
+                break_file(self.coordinator, self.coordinator.record().current_model, "damaged")
+        return await super().call(function, *args, **kwargs)
+
+
+async def test_a_model_damaged_when_the_next_one_is_made_from_it_is_found_and_rolled_back(tmp_path: Path) -> None:
+    worker = BreakingWorker()
+    async with federation(tmp_path, THREE, worker=worker) as (coordinator, sites):
+        worker.coordinator = coordinator
+        coordinator.add_job(rounds=2)
+        await connect_all(coordinator, sites)
+        record = await coordinator.until_ended()
+        assert (record.state, record.rolled_back) == (JobState.COMPLETED, 1)
+        np.testing.assert_allclose(model_of(coordinator, record.current_model), 2 * mean_update(THREE), atol=1e-4)
 
 
 async def test_a_job_that_was_rolled_back_says_so_to_whoever_looks_at_it(tmp_path: Path) -> None:

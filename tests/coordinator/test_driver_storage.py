@@ -75,6 +75,18 @@ async def test_no_attempt_is_opened_while_there_is_no_room_for_its_round(
         assert [a.attempt for a in coordinator.store.attempts("job-1")] == [1]
 
 
+async def test_room_is_asked_for_the_whole_round_before_any_site_trains_for_it(tmp_path: Path, disk: SmallDisk) -> None:
+    async with federation(tmp_path, SITES[:3]) as (coordinator, sites):
+        coordinator.add_job()
+        disk.fill_but(1 << 20)  # the accumulator of this small model would still fit
+        await connect_all(coordinator, sites)
+        waiting = await coordinator.until(lambda e: isinstance(e, events.Waiting) and "a round needs" in e.detail)
+        assert isinstance(waiting, events.Waiting)
+        assert "bytes more" in waiting.detail
+        assert coordinator.store.attempts("job-1") == ()
+        assert all(site.heard == [] for site in sites.values())
+
+
 async def test_a_read_only_disk_is_waited_for_too(tmp_path: Path, disk: SmallDisk) -> None:
     ticks = Ticks()
     async with federation(tmp_path, SITES[:3], ticks=ticks) as (coordinator, sites):

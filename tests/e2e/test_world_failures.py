@@ -29,7 +29,7 @@ from maskwork.tensors import Schema, TensorSpec, write_model
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("services")]
 THREE = SITES[:3]
 FEW = 9
-"""Descriptors: enough to load the program, too few to open its database."""
+"""Descriptors: enough to load the program, too few for its event loop."""
 
 
 @pytest_asyncio.fixture
@@ -63,7 +63,7 @@ async def test_a_full_disk_at_the_coordinator_is_said_waited_for_and_nothing_is_
     world: World, disk: SmallDisk
 ) -> None:
     await started(world, *THREE)
-    leave_for_the_database(disk)
+    disk.fill_but(1 << 20)  # too little for a round, enough for rows
     async with world.job("full", rounds=2, sites=THREE) as watch:
         waiting = await watch.until(lambda e: isinstance(e, events.Waiting) and "the disk is full" in e.detail)
         assert isinstance(waiting, events.Waiting)
@@ -83,13 +83,6 @@ async def test_a_full_disk_at_the_coordinator_is_said_waited_for_and_nothing_is_
     ]
     assert await world.coordinator.terminate() == 0
     world.coordinator.assert_clean()
-
-
-def leave_for_the_database(disk: SmallDisk) -> None:
-    """Fill the disk but for a megabyte: too little for a round, enough for rows."""
-    with (disk.root / "filler").open("ab", buffering=0) as file, contextlib.suppress(OSError):
-        while os.statvfs(disk.root).f_bavail * 4096 > 1 << 20:
-            file.write(bytes(1 << 16))
 
 
 def big_model(world: World) -> Path:
@@ -146,6 +139,7 @@ async def test_without_descriptors_a_coordinator_says_which_limit_to_raise(world
         check=False,
     )
     assert done.returncode == 1
+    assert "as many files open as it may" in done.stderr
     assert "LimitNOFILE" in done.stderr
 
 
@@ -235,7 +229,11 @@ def test_a_service_whose_loop_is_busy_ends_in_time_all_the_same(number: signal.S
 async def test_nothing_outlives_a_service_that_was_killed_in_the_middle_of_a_round(world: World, who: str) -> None:
     await started(world, *THREE)
     world.gate.held = {"site-a"}
-    async with world.job("orphans", sites=THREE):
+    async with world.job("orphans", rounds=2, sites=THREE) as watch:
+        await world.gate.reached("site-a")
+        world.gate.release("site-a")
+        world.gate.held = {"site-a"}  # again, in the second round
+        await watch.committed(1)  # so that the coordinator has its worker too
         await world.gate.reached("site-a")
         service: Service = world.coordinator if who == "coordinator" else world.sites[who]
         family = descendants(service.process.pid)

@@ -328,3 +328,43 @@ def test_an_up_to_date_database_opens_without_alembic_and_torch(module: str, ope
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
     assert done.stdout.strip() == "[]"
+
+
+WITHOUT_DESCRIPTORS = """
+import os, resource, sys
+from pathlib import Path
+from {module} import {opener}
+from maskwork.errors import StorageUnavailable
+opened = {opening}
+opened._engine.dispose()  # the next statement opens the file anew
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+taken = []
+try:
+    while True:
+        taken.append(os.open(os.devnull, os.O_RDONLY))
+except OSError:
+    pass
+try:
+    {reading}
+except StorageUnavailable as error:
+    for descriptor in taken:
+        os.close(descriptor)
+    {reading}  # there again, by itself
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "opener", "opening", "reading"),
+    [
+        ("maskwork.coordinator.store", "Store", f"Store.open('sqlite:///{{}}/{DATABASE_NAME}')", "opened.jobs()"),
+        ("maskwork.participant.ledger", "Ledger", "Ledger.open('{}')", "opened.highest_revocation_number('f')"),
+    ],
+)
+def test_a_process_without_descriptors_is_told_which_limit_to_raise(
+    module: str, opener: str, opening: str, reading: str, tmp_path: Path
+) -> None:
+    code = WITHOUT_DESCRIPTORS.format(module=module, opener=opener, opening=opening.format(tmp_path), reading=reading)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.startswith(f"{tmp_path / DATABASE_NAME}: cannot be opened: this process has as many files open")
+    assert "LimitNOFILE" in done.stdout
