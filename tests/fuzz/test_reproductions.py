@@ -76,10 +76,10 @@ def certificate_of_no_version() -> bytes:
 
 
 def certificate_without_a_readable_subject() -> bytes:
-    """The CA's certificate with an invalid tag in its name."""
+    """The CA's certificate with a name that is no UTF-8."""
     der = to_der(AUTHORITY.certificate)
     at = der.index(bytes.fromhex("06035504"), der.index(b"\x17\x0d"))  # after the validity comes the subject
-    return der[: at + 5] + b"\x1f" + der[at + 6 :]
+    return der[: at + 7] + b"\xff" + der[at + 8 :]
 
 
 def as_pem(der: bytes) -> bytes:
