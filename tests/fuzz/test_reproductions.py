@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.coordinator.local_federation import AUTHORITY, FOUR, PATIENCE_S, connect_all, federation, spec
+from tests.coordinator.local_federation import AUTHORITY, FOUR, ISSUED, PATIENCE_S, connect_all, federation, spec
 from tests.fuzz import recordings
 
 from maskwork.coordinator.config import read_config as read_coordinator_config
 from maskwork.errors import UserError
 from maskwork.job import parse_spec, read_job_file
+from maskwork.net.diagnosis import load_private_key
 from maskwork.net.identity import IdentityError, TrustRoots, load_certificate, to_der
 from maskwork.participant.config import read_config as read_participant_config
 from maskwork.participant.policy import read_policy
@@ -94,6 +95,18 @@ def test_a_certificate_file_that_its_parser_chokes_on_late_is_malformed(tmp_path
         load_certificate(path)
     with pytest.raises(IdentityError, match="is not a PEM certificate"):
         TrustRoots.from_pem(as_pem(spoilt))
+
+
+def test_a_private_key_of_a_kind_that_there_is_not_is_malformed(tmp_path: Path) -> None:
+    key = ISSUED["site-a"].key_pem
+    der = base64.b64decode(b"".join(key.splitlines()[1:-1]))
+    at = der.index(bytes.fromhex("06072a8648ce3d0201"))  # id-ecPublicKey
+    spoilt = base64.encodebytes(der[: at + 3] + b"\x46" + der[at + 4 :])
+    path = tmp_path / "key.pem"
+    path.write_bytes(b"-----BEGIN PRIVATE KEY-----\n" + spoilt + b"-----END PRIVATE KEY-----\n")
+    path.chmod(0o600)
+    with pytest.raises(IdentityError, match="not an unencrypted PEM private key"):
+        load_private_key(path)
 
 
 async def test_a_member_that_asks_for_its_grant_again_and_again_holds_no_slot_by_that(tmp_path: Path) -> None:
