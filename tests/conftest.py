@@ -1,16 +1,7 @@
 """What every test needs before anything else: our TLS settings, which must be in place before grpc is imported.
 
-And at the end what tests have measured: the property "measured" of those that passed, a line each.
+grpc's asyncio part looks for an event loop when it is first imported, and finds none after an asynchronous test has
+closed its own; so it is imported here, whichever test comes first.
 """
 
-import pytest
-
-import maskwork.net  # noqa: F401
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what was measured, also by the workers of a run in parallel."""
-    for report in terminalreporter.stats.get("passed", ()):
-        for name, value in report.user_properties:
-            if name == "measured":
-                terminalreporter.write_line(f"measured: {value}")
+import maskwork.net.tls  # noqa: F401
