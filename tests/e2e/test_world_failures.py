@@ -55,22 +55,26 @@ async def started(world: World, *sites: str) -> None:
 @pytest.fixture
 def disk(world: World) -> Iterator[SmallDisk]:
     """The coordinator's whole state directory on a small disk."""
-    with small_disk(world.home / "coordinator-state", megabytes=24) as mounted:
+    with small_disk(
+        world.home / "coordinator-state", megabytes=320
+    ) as mounted:  # more than is kept free of submissions
         yield mounted
 
 
 async def test_a_full_disk_at_the_coordinator_is_said_waited_for_and_nothing_is_lost(
     world: World, disk: SmallDisk
 ) -> None:
-    await started(world, *THREE)
-    disk.fill_but(1 << 20)  # too little for a round, enough for rows
+    await started(world, "site-a", "site-b")
     async with world.job("full", rounds=2, sites=THREE) as watch:
+        await watch.until(lambda e: isinstance(e, events.Waiting) and "2 of the 3" in e.detail)
+        disk.fill_but(1 << 20)  # too little for a round, enough for rows
+        await world.start_site("site-c")
         waiting = await watch.until(lambda e: isinstance(e, events.Waiting) and "the disk is full" in e.detail)
         assert isinstance(waiting, events.Waiting)
         assert str(disk.root / "sessions") in waiting.detail
         assert "a round needs" in waiting.detail
         async with world.client() as client:
-            with pytest.raises(UserError, match="storage is not available"):
+            with pytest.raises(UserError, match="has no room for this model"):
                 await client.submit(spec("too-big", sites=THREE), big_model(world))
             assert len(await client.list_jobs()) == 1  # the job that could not be stored is not there by half
         assert not list((disk.root / "models").glob(".incoming-*"))

@@ -394,8 +394,8 @@ class World:
             if self.coordinator is not None and connection.coordinator in (None, self.coordinator):
                 connection.arrive(item, place.member, self.coordinator)
             return
-        if place.process is None or place.link is None:
-            return
+        if place.process is None or place.link is None or connection is not place.connections[-1]:
+            return  # a site has one stream at a time: what an older one still carries, nobody reads
         inbox = place.process.driver.inbox
         match item:
             case Greeting():
