@@ -26,7 +26,7 @@ from maskwork.net.authority import Authority
 from maskwork.net.identity import IdentityFiles, Role
 from maskwork.tensors import Schema, TensorSpec, write_model
 
-PATIENCE_S = 30.0
+PATIENCE_S = 100.0
 MASKWORK = Path(sys.executable).parent / "maskwork"
 SITES = ("site-a", "site-b", "site-c", "site-d")
 

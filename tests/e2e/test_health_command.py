@@ -25,7 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc  # isort: skip
 pytestmark = pytest.mark.e2e
 
 MASKWORK = Path(sys.executable).parent / "maskwork"
-PATIENCE_S = 30.0
+PATIENCE_S = 100.0
 STATUS = health_pb2.HealthCheckResponse.ServingStatus
 
 

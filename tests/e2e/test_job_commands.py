@@ -19,7 +19,7 @@ from maskwork.net.identity import Role
 
 pytestmark = pytest.mark.e2e
 
-PATIENCE_S = 30.0
+PATIENCE_S = 100.0
 RUNNING = summary()
 COMPLETED = summary(state="completed", committed=2, total=2)
 FAILED = summary(state="failed", committed=1, total=2)

@@ -29,7 +29,7 @@ from maskwork.worker import WorkerDied, WorkerFault, WorkerProcess
 
 pytestmark = pytest.mark.e2e
 
-PATIENCE_S = 30.0
+PATIENCE_S = 100.0
 
 # The fork server is shared by all tests of a process, and this module brings torch.
 PRELOAD = (*training_calls.PRELOAD, "sklearn.datasets")
