@@ -78,13 +78,16 @@ def campaign(seeds: int, first: int, jobs: int, console: Console) -> Outcome:
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
     with multiprocessing.get_context("spawn").Pool(jobs, quiet) as pool, Progress(*columns, console=console) as bar:
         task = bar.add_task("runs", total=seeds)
-        for outcome in pool.imap_unordered(run_seeds, chunks):
-            for seed, why in outcome.failures:
-                console.print(f"seed {seed}: {why}")
-            total.add(outcome)
-            bar.update(task, advance=outcome.runs)
-            if not console.is_terminal and total.runs % (CHUNK * 25) == 0:
-                console.print(f"{total.runs} of {seeds} runs, {len(total.failures)} failed")
+        try:
+            for outcome in pool.imap_unordered(run_seeds, chunks):
+                for seed, why in outcome.failures:
+                    console.print(f"seed {seed}: {why}")
+                total.add(outcome)
+                bar.update(task, advance=outcome.runs)
+                if not console.is_terminal and total.runs % (CHUNK * 25) == 0:
+                    console.print(f"{total.runs} of {seeds} runs, {len(total.failures)} failed")
+        except KeyboardInterrupt:
+            console.print("interrupted: what follows is of the runs until now")
     return total
 
 
