@@ -108,7 +108,9 @@ async def test_a_database_without_room_ends_the_coordinator_with_one_line_and_it
                 await client.abort(watch.job_id)
         ended = world.coordinator
         assert await ended.wait() == 1
-        (line,) = [e["event"] for e in ended.lines if "unstructured" in e]
+        told = [e["event"] for e in ended.lines if "unstructured" in e]
+        assert len(told) == 1, ended.text
+        (line,) = told
         assert line.startswith(f"error: {disk.root / 'coordinator.sqlite'}: the disk is full")
         assert "Free some space" in line
         disk.empty()
