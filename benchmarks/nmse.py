@@ -15,6 +15,7 @@ participant's stands elsewhere).
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from hashlib import sha256
@@ -169,4 +170,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tests.coordinator.local_federation import (
     FOUR,
+    PATIENCE_S,
     SITES,
     LocalCoordinator,
     LocalSite,
@@ -20,7 +21,10 @@ from tests.coordinator.local_federation import (
 )
 
 from maskwork import job_events as events
-from maskwork.coordinator.records import AttemptOutcome, JobState
+from maskwork.coordinator.happenings import JobAborted
+from maskwork.coordinator.records import AttemptOutcome, JobRecord, JobState
+from maskwork.errors import StoreError
+from maskwork.net.status import Refused
 from maskwork.secagg.messages import (
     AdvertiseKeys,
     ConsistencyCheck,
@@ -156,3 +160,32 @@ async def test_a_running_job_whose_model_is_damaged_at_the_start_fails(tmp_path:
         (attempt,) = restarted.store.attempts("job-1")
         assert attempt.outcome is AttemptOutcome.ABORTED
         assert os.listdir(tmp_path / "sessions") == []
+
+
+async def test_an_abort_that_was_asked_of_a_coordinator_that_ends_is_answered(tmp_path: Path) -> None:
+    coordinator = LocalCoordinator(tmp_path)
+    asked: asyncio.Future[JobRecord | None] = asyncio.get_running_loop().create_future()
+    await coordinator.driver.post(JobAborted(coordinator.add_job(), "spiffe://ward/operator/olga", asked))
+    coordinator.driver.hang_up()
+    coordinator.store.close()
+    with pytest.raises(Refused, match="the coordinator stops"):
+        await asked
+
+
+async def test_an_abort_that_ends_the_coordinator_is_answered(tmp_path: Path) -> None:
+    coordinator = LocalCoordinator(tmp_path)
+    coordinator.add_job()
+    coordinator.start()
+    await coordinator.settled()
+    (tmp_path / "coordinator.sqlite").unlink()
+    (tmp_path / "coordinator.sqlite").mkdir()
+    coordinator.store._engine.dispose()
+    asked: asyncio.Future[JobRecord | None] = asyncio.get_running_loop().create_future()
+    await coordinator.driver.post(JobAborted("job-1", "spiffe://ward/operator/olga", asked))
+    assert coordinator.loop is not None
+    await asyncio.wait({coordinator.loop}, timeout=PATIENCE_S)
+    assert isinstance(coordinator.loop.exception(), StoreError)
+    coordinator.driver.hang_up()
+    coordinator.store.close()
+    with pytest.raises(Refused, match="the coordinator stops"):
+        await asked

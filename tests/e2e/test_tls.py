@@ -223,7 +223,9 @@ async def test_a_server_of_another_ca_is_refused(federation: Federation) -> None
     files, site = issued.write(federation.home / "impostor"), federation.member()
     async with serving(files) as port:
         assert await refusal(site, port) is grpc.StatusCode.UNAVAILABLE
-        assert "the server's certificate is refused" in (await probed(site, port) or "")
+        told = await probed(site, port) or ""
+        assert "the server's certificate is refused" in told
+        assert f"it is not signed by the CA in {site.ca}" in told
     with pytest.raises(IdentityError) as caught:
         tls.check_own_files(files, now=federation.now, roots=federation.authority.roots)
     assert caught.value.problem is IdentityProblem.WRONG_CA

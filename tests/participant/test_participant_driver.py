@@ -12,7 +12,7 @@ import pytest
 import structlog
 from tests.participant.local_site import NAMES, OWN, Table
 
-from maskwork.errors import StoreError
+from maskwork.errors import StoreError, UserError
 from maskwork.participant.policy import Policy
 from maskwork.secagg import client_states, server
 from maskwork.secagg import server_states as core
@@ -267,6 +267,19 @@ async def test_a_worker_that_dies_while_masking_is_no_refusal_of_the_update(tabl
     table.worker.failures["mask"] = WorkerDied("was ended by SIGKILL")
     session = await table.play(table.offer(), until=core.CollectingSignatures | core.Aborted)  # type: ignore[arg-type]
     assert table.answers(session, Withdraw) == [Withdraw(AbortReason.TRAINING_FAILED)]
+
+
+async def test_a_worker_that_cannot_start_again_to_forget_an_update_is_one_line_in_the_log(
+    table: Table, logged: list[structlog.typing.EventDict]
+) -> None:
+    """It is ended with a cancelled training; the next one may not find the site's data any more."""
+    table.worker.held = {"train"}
+    table.worker.failures["discard"] = UserError("task readmission: no such file: stays.csv")
+    session = await table.propose(table.offer())
+    await table.say(session, SessionClosed(False, "session ended"))
+    await table.settle()
+    (line,) = [e for e in logged if e["event"] == "worker gone"]
+    assert "stays.csv" in line["detail"]
 
 
 async def test_training_that_outlives_its_session_is_ended(table: Table) -> None:

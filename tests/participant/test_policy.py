@@ -168,6 +168,13 @@ def test_a_training_config_that_is_not_the_plans_or_not_canonical(config: bytes)
     assert refusal(offer(named, training_config=config))[0] is DeclineCode.TRAINING_CONFIG
 
 
+def test_a_good_training_config_that_is_not_the_plans() -> None:
+    """Nothing but its digest is wrong with it."""
+    other = TrainingConfig(epochs=7).canonical_json()
+    check(offer(plan(training_digest=hashlib.sha256(other).digest()), training_config=other))
+    assert refusal(offer(training_config=other))[0] is DeclineCode.TRAINING_CONFIG
+
+
 def test_no_check_depends_on_another_having_failed() -> None:
     wrong = plan(encoding=Encoding(1e6, 10**6, 12, 20, Rotation.NONE), statistics=(StatisticSpec("examples", 1e6),))
     assert refusal(offer(wrong), policy=Policy(min_weight_cap=1, max_clip_norm=1.0)) == (

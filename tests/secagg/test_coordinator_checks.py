@@ -39,12 +39,14 @@ from maskwork.secagg.server_states import (
     CollectingSignatures,
     CollectingUnmask,
     CollectingUpdates,
+    DeadlinePassed,
     DropPeer,
     Event,
     Lost,
     Received,
     State,
     Step,
+    UploadCompleted,
 )
 
 T = TypeVar("T")
@@ -317,3 +319,29 @@ def test_what_a_member_says_that_was_not_asked_does_not_matter() -> None:
     for kind, message in late.items():
         run = Federation(make_plan(N), dies_before={LIAR: DIES_BEFORE[kind]}).run()
         ignores(run.opening(kind), Received(LIAR, message))
+
+
+@pytest.mark.parametrize("kind", [CollectingKeys, CollectingShares, CollectingUpdates])
+def test_who_was_dropped_before_a_deadline_is_out_after_it(kind: type[Collecting]) -> None:
+    early, late = 0, 1
+    state: State = clean_run(7).opening(kind)
+    state = server.step(state, Lost(early, DropReason.MALFORMED, "said something odd")).state
+    assert isinstance(state, Collecting)
+    for sender in sorted(server.outstanding(state) - {late}):
+        state = answered(state, sender)
+    assert isinstance(state, Collecting)
+    step = server.step(state, DeadlinePassed(state.stage))
+    assert isinstance(step.state, Collecting)
+    assert {early, late} <= step.state.lost
+
+
+def answered(state: State, sender: int) -> State:
+    """The state after the sender's answer of a clean run."""
+    member = clean_run(7).members[sender]
+    match state:
+        case CollectingKeys():
+            return server.step(state, Received(sender, member.answer(AdvertiseKeys))).state
+        case CollectingShares():
+            return server.step(state, Received(sender, member.answer(ShareKeys))).state
+        case _:
+            return server.step(state, UploadCompleted(sender)).state

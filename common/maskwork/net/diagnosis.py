@@ -42,6 +42,8 @@ _ABOUT_TIME: Final = (IdentityProblem.EXPIRED, IdentityProblem.NOT_YET_VALID)
 
 
 _VERIFIED_BY_TIME: Final = (9, 10)  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
+_NOT_OF_THIS_CA: Final = frozenset({18, 19, 20, 21})
+"""X509_V_ERR_*: self-signed, or no issuer among those trusted (OpenSSL, `x509_vfy.h`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,10 @@ def probe_server(
         return str(error)
     except ssl.SSLCertVerificationError as error:
         clock = " (or this machine's clock is wrong)" if error.verify_code in _VERIFIED_BY_TIME else ""
-        return f"the server's certificate is refused: {error.verify_message}{clock}"
+        refused = f"the server's certificate is refused: {error.verify_message}{clock}"
+        if error.verify_code in _NOT_OF_THIS_CA:
+            refused += f"; it is not signed by the CA in {files.ca}: one of the two is of another federation"
+        return refused
     except ssl.SSLError as error:
         return f"the TLS 1.3 handshake fails: {_tls_reason(error)}"
     except socket.gaierror as error:

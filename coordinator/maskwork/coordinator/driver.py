@@ -60,6 +60,7 @@ from maskwork.coordinator.spool import Spool, UploadSlots
 from maskwork.coordinator.store import Store
 from maskwork.errors import StorageUnavailable
 from maskwork.metrics import means
+from maskwork.net.status import Refusal, Refused
 from maskwork.secagg import keys, server
 from maskwork.secagg import server_states as core
 from maskwork.secagg.encoding import EncodingParameterError
@@ -125,6 +126,7 @@ class Driver:
         self._inbox: asyncio.Queue[Happening] = asyncio.Queue(INBOX_LIMIT)
         self._peers: dict[str, Peer] = {}
         self._run: JobRun | None = None
+        self._aborting: JobAborted | None = None
         self._runner: SessionRunner | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._look_timer: asyncio.TimerHandle | None = None
@@ -208,6 +210,17 @@ class Driver:
             self._runner.session.cancel_timers()
         for task in tuple(self._tasks):
             task.cancel()
+        self._turn_away()
+
+    def _turn_away(self) -> None:
+        """Whoever still waits to hear of an abort hears that nothing more is decided here."""
+        waiting = [] if self._aborting is None else [self._aborting]
+        while not self._inbox.empty():
+            happening = self._inbox.get_nowait()
+            waiting.extend([happening] if isinstance(happening, JobAborted) else [])
+        for asked in waiting:
+            if not asked.done.done():
+                asked.done.set_exception(Refused(Refusal.STOPPING, "the coordinator stops"))
 
     async def _handle(self, happening: Happening) -> None:
         match happening:
@@ -237,7 +250,9 @@ class Driver:
                 if (runner := self._runner_of(session)) is not None:
                     await self._released(runner, release)
             case JobAborted():
+                self._aborting = happening
                 await self._abort_job(happening)
+                self._aborting = None
             case Crashed(error):
                 raise error
             case Look():

@@ -18,7 +18,7 @@ from typing import BinaryIO, assert_never
 
 import structlog
 
-from maskwork.errors import StorageUnavailable, storage_unavailable
+from maskwork.errors import StorageUnavailable, UserError, storage_unavailable
 from maskwork.net.identity import VerifiedCertificate
 from maskwork.participant import room, training_calls
 from maskwork.participant.agent import check_offer
@@ -517,5 +517,5 @@ def _told(error: StorageUnavailable) -> str:
 async def _discard(worker: Worker, session: bytes) -> None:
     try:
         await worker.call(training_calls.discard, session)
-    except (WorkerDied, WorkerFault) as error:
+    except (WorkerDied, WorkerFault, UserError) as error:  # a new worker may not find the site's data any more
         log.warning("worker gone", detail=str(error))
