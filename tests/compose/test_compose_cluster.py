@@ -131,7 +131,7 @@ def test_a_job_through_a_killed_coordinator_and_a_cut_network_ends_as_one_withou
 
     (coordinator,) = cluster.containers("coordinator")
     replica = cluster.containers("participant")[2]
-    site, network = cluster.site_of(replica), f"{PROJECT}_federation"
+    network = f"{PROJECT}_federation"
     # The same initial model as before: until the first round is committed nothing may happen, or sites would be asked
     # for a second set of survivors on it, and refuse.
     with cluster.submitted(job(tmp_path, "troubled"), seed=SEED) as watched:
@@ -146,7 +146,7 @@ def test_a_job_through_a_killed_coordinator_and_a_cut_network_ends_as_one_withou
 
         cluster.docker("network", "disconnect", network, replica)
         cut_at = time.monotonic()
-        at = watched.until(f"committed: 4 of 5 sites, without {site};", since=at)
+        # The round in flight is committed with the site or without it: that hangs on whether its upload was there.
         at = watched.until("waiting: 4 of the 5 sites needed are ready", since=at)
         out_s = time.monotonic() - cut_at
         cluster.docker("network", "connect", network, replica)
