@@ -46,6 +46,7 @@ class Cluster:
         self.up_s = 0.0
 
     def up(self) -> None:
+        self._forget()  # what a run that was killed may have left: volumes of two federations do not fit together
         began = time.monotonic()
         self._run("make", "up", f"PARTICIPANTS={PARTICIPANTS}", timeout_s=600)
         self.up_s = time.monotonic() - began
@@ -53,7 +54,10 @@ class Cluster:
     def down(self) -> None:
         """What `make down` does, and the volumes too."""
         self._run("make", "down")
-        self.compose("--profile", "researcher", "down", "--volumes")
+        self._forget()
+
+    def _forget(self) -> None:
+        self.compose("--profile", "researcher", "down", "--volumes", "--remove-orphans")
 
     def compose(self, *arguments: str) -> str:
         return self._run("docker", "compose", *arguments)
