@@ -20,7 +20,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from maskwork import job_events as events
 from maskwork.coordinator import happenings
 from maskwork.coordinator.board import Subscription
-from maskwork.coordinator.driver import Driver, Federation
+from maskwork.coordinator.driver import Driver
+from maskwork.coordinator.job_runner import Federation
 from maskwork.coordinator.models import ModelStore
 from maskwork.coordinator.peers import Peer
 from maskwork.coordinator.records import JobRecord, JobState

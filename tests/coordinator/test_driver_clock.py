@@ -51,7 +51,7 @@ async def test_a_clock_that_jumps_while_more_sites_are_waited_for_changes_no_wai
         clock.now += jump
         await coordinator.driver.post(happenings.Look())
         await coordinator.settled()
-        assert coordinator.driver._runner is None  # not a second of the wait has passed
+        assert coordinator.driver._jobs.runner is None  # not a second of the wait has passed
         ticks.now += 60
         await coordinator.driver.post(happenings.Look())
         assert (await coordinator.until_ended()).state is JobState.COMPLETED

@@ -211,8 +211,8 @@ async def test_a_member_that_streams_is_not_hurried_by_its_grant(tmp_path: Path)
         site.silent = {UploadGrant}
         await connect_all(coordinator, sites)
         await site.until_heard(UploadGrant)
-        assert coordinator.driver._runner is not None
-        timers = coordinator.driver._runner.session.timers
+        assert coordinator.driver._jobs.runner is not None
+        timers = coordinator.driver._jobs.runner.session.timers
         assert ("grant", 0) in timers
         place = coordinator.driver.spool_for(site.site, site.session)
         assert place is not None

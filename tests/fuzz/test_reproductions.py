@@ -119,7 +119,7 @@ async def test_a_member_that_asks_for_its_grant_again_and_again_holds_no_slot_by
             while not all(any(isinstance(m, UploadReady) for m in site.said) for site in sites.values()):
                 await asyncio.sleep(0)
         await coordinator.settled()
-        session_runner = coordinator.driver._runner
+        session_runner = coordinator.driver._jobs.runner
         assert session_runner is not None
         (granted,) = [key for key in session_runner.session.timers if isinstance(key, tuple) and key[0] == "grant"]
         before = session_runner.session.timers[granted]

@@ -24,7 +24,7 @@ from weakref import WeakSet
 from tests.simulation.identities import COORDINATOR_CERTIFICATE, COORDINATOR_SIGNER, FEDERATION, Member
 
 from maskwork.coordinator.driver import Driver as CoordinatorDriver
-from maskwork.coordinator.driver import Federation
+from maskwork.coordinator.job_runner import Federation
 from maskwork.coordinator.models import ModelStore
 from maskwork.coordinator.store import Store
 from maskwork.participant.config import TaskConfig

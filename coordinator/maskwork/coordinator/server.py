@@ -18,8 +18,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from maskwork.coordinator.config import CoordinatorConfig
-from maskwork.coordinator.driver import Driver, Federation
+from maskwork.coordinator.driver import Driver
 from maskwork.coordinator.guard import Guard
+from maskwork.coordinator.job_runner import Federation
 from maskwork.coordinator.jobs import JobDesk
 from maskwork.coordinator.models import ModelStore
 from maskwork.coordinator.service import FederationService, JobService
