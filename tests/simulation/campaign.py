@@ -19,8 +19,8 @@ from tests.simulation.world import DOWN, STAGES, World
 
 CHUNK = 20
 LEAST_COVERED = 20
-IMPOSSIBLE = frozenset({(Kind.TRANSFER, DOWN)})
-"""Pairs of operation and stage that cannot be: nothing moves to a coordinator that is down."""
+IMPOSSIBLE = frozenset({(Kind.TRANSFER, DOWN), (Kind.HEAL, DOWN)})
+"""Pairs of operation and stage that cannot be: nothing moves, or connects, to a coordinator that is down."""
 
 
 @dataclass(slots=True)
