@@ -48,7 +48,7 @@ class RandomSchedule:
         self._late_left = {stage: self._random.randint(0, MOST_FAULTS_OF_A_LATE_STAGE) for stage in LATE}
         self._lies_down_left = self._random.randint(0, MOST_LIES_DOWN)
         self._patience = LATE_PATIENCE
-        self._straggler = self._random.choice((*range(settings.sites), *(None,) * 3 * settings.sites))
+        self._straggler: int | None = self._random.choice((*range(settings.sites), *(None,) * 3 * settings.sites))
         self._slow_in = SLOW[: self._random.randint(1, len(SLOW))]
         self._to_heal: list[Op] | None = None
         self._since_healed = 0
