@@ -45,14 +45,23 @@ TASK = "sums"
 _PROCESS: contextvars.ContextVar[Fuse] = contextvars.ContextVar("process")
 
 
+_OF_THE_WORLD: set[asyncio.Task[Any]] = set()
+
+
 def task_of_a_process(
     loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any], **options: Any
 ) -> asyncio.Task[Any]:
-    """A task factory: each task is noted as its process's, so that a killed process has none left."""
+    """A task factory: each task is noted as its process's, so that a killed process has none left.
+
+    The world's own tasks are kept alive until they end: what they wait for may be a dead process's, and so garbage.
+    """
     task = asyncio.Task(work, loop=loop, **options)
     context: contextvars.Context = options.get("context") or contextvars.copy_context()
     if (process := context.get(_PROCESS)) is not None:
         process.tasks.add(task)
+    else:
+        _OF_THE_WORLD.add(task)
+        task.add_done_callback(_OF_THE_WORLD.discard)
     return task
 
 
