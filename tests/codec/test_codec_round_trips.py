@@ -77,7 +77,7 @@ requests = st.one_of(
     st.builds(domain.Complaint, indices, st.binary(min_size=32, max_size=32)),
     st.builds(domain.ConsistencyCheck, signatures),
     unmask,
-    st.builds(domain.Withdraw, st.sampled_from(AbortReason)),
+    st.builds(domain.Withdraw, st.sampled_from(AbortReason), text),
 )
 
 advertisements = st.builds(
@@ -425,12 +425,15 @@ def test_a_code_that_is_not_enumerated_is_refused(kind: str) -> None:
 
 
 def test_what_a_peer_says_in_words_reaches_no_terminal_as_commands() -> None:
-    request = federation_pb2.ConnectRequest()
-    request.decline.code, request.decline.detail = "policy", "no\x1b[2J\r\n\u202ethanks" + "x" * 600
-    message = codec.decode_request(request)
-    assert isinstance(message, domain.Decline)
-    assert message.detail.startswith("no?[2J???thanks")
-    assert len(message.detail) == domain.MAX_DETAIL
+    rude = "no\x1b[2J\r\n\u202ethanks" + "x" * 600
+    declining, withdrawing = federation_pb2.ConnectRequest(), federation_pb2.ConnectRequest()
+    declining.decline.code, declining.decline.detail = "policy", rude
+    withdrawing.withdraw.reason, withdrawing.withdraw.detail = "policy", rude
+    for request in (declining, withdrawing):
+        message = codec.decode_request(request)
+        assert isinstance(message, domain.Decline | domain.Withdraw)
+        assert message.detail.startswith("no?[2J???thanks")
+        assert len(message.detail) == domain.MAX_DETAIL
     response = federation_pb2.ConnectResponse()
     response.session_closed.phrase = "over\x1b[31m"
     closed = codec.decode_response(response, 0)

@@ -161,7 +161,7 @@ def test_as_many_survivors_missing_here_and_there_do_not_cut_the_ring() -> None:
 def test_a_policy_counts_only_survivors_that_the_site_verified_itself() -> None:
     """147 survive, but this site checked the certificates of k neighbours and its own."""
     because = "survivors verified here are fewer than the policy's 12"
-    refused(uploading(min_survivors=12), sets_without(set()), AbortReason.TOO_FEW_PARTICIPANTS, because)
+    refused(uploading(min_survivors=12), sets_without(set()), AbortReason.POLICY, because)
     assert isinstance(client.step(uploading(min_survivors=8), sets_without(set()), now=NOW).state, SignedSets)
 
 

@@ -58,6 +58,7 @@ from maskwork.secagg.errors import AbortReason, CoordinatorError, DeclineCode, I
 from maskwork.secagg.graph import GraphKind, NeighbourGraph
 from maskwork.secagg.keys import ShareKind
 from maskwork.secagg.masking import MaskingKeys
+from maskwork.secagg.member_rules import check_members
 from maskwork.secagg.messages import (
     AdvertiseKeys,
     Advertisements,
@@ -196,7 +197,8 @@ def _repeat(state: State, asked: object, message: object, answer: ParticipantMes
 
 
 def _abort(state: State, reason: AbortReason, detail: str) -> Step:
-    return Step(Aborted(state.session, reason, detail), (Send(Withdraw(reason)), EndSession()))
+    told = detail if reason is AbortReason.POLICY else ""  # the site's own terms; anything else stays in its log
+    return Step(Aborted(state.session, reason, detail), (Send(Withdraw(reason, told)), EndSession()))
 
 
 def _uploading(state: Masking) -> Uploading:
@@ -221,6 +223,7 @@ def _share_keys(state: AdvertisedKeys, message: Advertisements, now: float) -> S
             AbortReason.UNSAFE_THRESHOLD, f"{len(holders)} share holders are fewer than t = {plan.graph.threshold}"
         )
     peers = {index: _verify_peer(session, index, advertised[index], now) for index in sorted(expected)}
+    check_members(frozenset(peers) | {own}, plan=plan, rules=session.site.rules)
     _check_distinct(state, peers)
     for peer in peers.values():
         if keys.is_degenerate(peer.encryption_key) or keys.is_degenerate(peer.mask_key):
@@ -293,6 +296,8 @@ def _mask(state: SharedKeys, message: DeliveredShares) -> Step:
         raise CoordinatorError(
             AbortReason.TOO_FEW_PARTICIPANTS, f"{len(holders)} share holders are fewer than t = {threshold}"
         )
+    verified = message.u2 & (frozenset(state.peers) | {own})
+    check_members(verified, plan=session.plan, rules=session.site.rules)
     # Every dealer's signature first: a complaint gives a key away, so it must be about what the dealer truly signed.
     for share in message.shares:
         _check_dealer_signed(state, share)
@@ -393,11 +398,7 @@ def _sign_sets(state: Uploading, sets: SurvivorSets) -> Step:
             AbortReason.TOO_FEW_PARTICIPANTS, f"{len(sets.u3)} survivors are fewer than {plan.survivor_floor}"
         )
     verified = sets.u3 & (frozenset(state.peers) | {session.index})
-    if len(verified) < rules.min_survivors:
-        raise CoordinatorError(
-            AbortReason.TOO_FEW_PARTICIPANTS,
-            f"{len(verified)} survivors verified here are fewer than the policy's {rules.min_survivors}",
-        )
+    check_members(verified, plan=plan, rules=rules)
     if plan.graph.kind is GraphKind.SPARSE:
         window = plan.graph.degree // 2
         bound = graphs.window_pair_bound(plan.cohort, corrupt=plan.graph.corrupt, window=window, sigma=GRAPH_SIGMA)

@@ -73,6 +73,8 @@ class SiteRules:
         min_survivors: fewest survivors this site releases a sum over, counting members it verified itself.
         min_survivor_difference: on one model digest, the fewest members in which a later survivor set must differ
             from an earlier one; None: only an equal set.
+        trusted: names of the members that this site trusts.
+        min_trusted_survivors: fewest of them that must be among the survivors that it verified itself.
         released: every survivor set, by names, that this site has answered for on the plan's model digest.
         highest_attempt: the highest (round, attempt) this site ever joined in this job.
         revocation_digest: digest of the revocation list that this site holds.
@@ -81,6 +83,8 @@ class SiteRules:
 
     min_survivors: int = 3
     min_survivor_difference: int | None = None
+    trusted: frozenset[str] = frozenset()
+    min_trusted_survivors: int = 0
     released: tuple[frozenset[str], ...] = ()
     highest_attempt: tuple[int, int] | None = None
     revocation_digest: bytes = bytes(32)

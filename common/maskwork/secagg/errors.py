@@ -73,6 +73,8 @@ class AbortReason(StrEnum):
     RING_CUT = "ring-cut"
     TRAINING_FAILED = "training-failed"
     ENCODING_REFUSED = "encoding-refused"
+    POLICY = "policy"
+    """What is left of the cohort is not what the site's own policy asks for."""
 
 
 class DeclineCode(StrEnum):
@@ -96,6 +98,9 @@ class DeclineCode(StrEnum):
     BAD_PLAN = "bad-plan"
     BUSY = "busy"
     PAUSED = "paused"
+    """Not now; the site connects anew when it can be asked again."""
+    PARTICIPATION = "participation"
+    """Not in this round; the site can be asked again in a later one."""
 
 
 class PeerError(Exception):

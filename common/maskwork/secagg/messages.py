@@ -201,9 +201,17 @@ class Decline:
 
 @dataclass(frozen=True, slots=True)
 class Withdraw:
-    """A participant leaves a session that it had joined. Only the code travels; the detail stays at the site."""
+    """A participant leaves a session that it had joined.
+
+    The detail goes with `AbortReason.POLICY` alone, for the coordinator's operator; any other stays at the site.
+    """
 
     reason: AbortReason
+    detail: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.detail) > MAX_DETAIL:
+            raise MessageError(f"a detail has at most {MAX_DETAIL} characters")
 
 
 # --- coordinator to participant -------------------------------------------------------------------------------------

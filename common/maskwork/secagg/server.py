@@ -157,7 +157,8 @@ def _received(state: Collecting, sender: int, message: ParticipantMessage) -> St
     if sender not in expected(state) or sender in state.lost:
         return Step(state)  # dropped or never asked in this stage: what it says no longer matters
     if isinstance(message, Withdraw):
-        return _drop(state, sender, DropReason.WITHDREW, message.reason.value)
+        said = f"{message.reason.value}: {message.detail}" if message.detail else message.reason.value
+        return _drop(state, sender, DropReason.WITHDREW, said)
     try:
         if isinstance(message, Complaint):
             return _judge(state, sender, message)

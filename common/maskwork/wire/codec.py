@@ -129,7 +129,7 @@ def encode_request(session_id: bytes, message: Request) -> federation_pb2.Connec
         case domain.Unmask():
             request.unmask.CopyFrom(_unmask(message))
         case domain.Withdraw():
-            request.withdraw.CopyFrom(session_pb2.Withdraw(reason=message.reason.value))
+            request.withdraw.CopyFrom(session_pb2.Withdraw(reason=message.reason.value, detail=message.detail))
     return request
 
 
@@ -160,7 +160,8 @@ def decode_request(request: federation_pb2.ConnectRequest) -> Request:
             case "unmask":
                 return _decode_unmask(request.unmask)
             case "withdraw":
-                return domain.Withdraw(AbortReason(request.withdraw.reason))
+                detail = _shown(request.withdraw.detail, domain.MAX_DETAIL)
+                return domain.Withdraw(AbortReason(request.withdraw.reason), detail)
             case _:
                 raise WireError("a message of no known kind")
     except WireError:
