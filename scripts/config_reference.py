@@ -18,7 +18,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -97,7 +97,7 @@ options = { shard = 0, of = 5, alpha = 0.5 }
     File(
         "policy.toml",
         "the participant, once, when it starts: what this site agrees to, whatever the coordinator asks. Without a "
-        "policy file the defaults below hold.",
+        "policy file the defaults below hold. [What each key is for](policy.md).",
         Policy,
         """
 # policy.toml
@@ -106,6 +106,16 @@ min_cohort = 5
 min_survivors = 4
 min_colluders = 2
 max_rounds = 200
+trusted_organisations = ["university"]
+trusted_participants = ["clinic-b"]
+min_trusted_survivors = 2
+
+[organisations]
+university = ["ward-1", "ward-2"]
+
+[hours]
+time_zone = "Europe/Berlin"
+windows = ["mon-fri 20:00-06:00", "sat,sun 00:00-24:00"]
 """,
     ),
     File(
@@ -178,14 +188,15 @@ def _first_paragraph(model: type[BaseModel]) -> str:
 
 
 def _tables(model: type[BaseModel], schema: Schema) -> Iterator[tuple[str, type[BaseModel], Schema]]:
-    """The tables within a file: keys whose value is a model, or a mapping from names to one."""
+    """The tables within a file: keys whose value is a model or may be one, or a mapping from names to one."""
     for key, info in model.model_fields.items():
         annotation = info.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             yield key, annotation, _definition(schema, annotation)
         for argument in get_args(annotation):
             if isinstance(argument, type) and issubclass(argument, BaseModel):
-                yield f"{key}.NAME", argument, _definition(schema, argument)
+                heading = f"{key}.NAME" if get_origin(annotation) is dict else key
+                yield heading, argument, _definition(schema, argument)
 
 
 def _definition(schema: Schema, model: type[BaseModel]) -> Schema:
@@ -214,8 +225,9 @@ def _table(model: type[BaseModel], part: Schema, whole: Schema, heading: str | N
 
 
 def _is_table(value: Schema, whole: Schema) -> bool:
-    inner = value.get("additionalProperties")
-    return "$ref" in value or "allOf" in value or (isinstance(inner, dict) and "$ref" in inner)
+    inner, options = value.get("additionalProperties"), value.get("anyOf")
+    optional = isinstance(options, list) and any("$ref" in option for option in options)
+    return "$ref" in value or "allOf" in value or optional or (isinstance(inner, dict) and "$ref" in inner)
 
 
 def _sentence(text: str) -> str:
@@ -247,6 +259,8 @@ def _type(value: Schema) -> str:
         return " or ".join(_type(option) for option in options if option.get("type") != "null")
     if isinstance(choices := value.get("enum"), list):
         return " or ".join(f'`"{choice}"`' for choice in choices)
+    if "const" in value:
+        return f'`"{value["const"]}"`'
     match value.get("type"):
         case "string" if "pattern" in value:
             pattern = str(value["pattern"])

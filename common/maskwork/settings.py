@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, ClassVar, Final, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
@@ -111,6 +112,8 @@ def _known_keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str
             continue
         field = model.model_fields.get(str(part))
         annotation = None if field is None else field.annotation
+        if get_origin(annotation) is UnionType:  # a table that may be absent
+            annotation = next((a for a in get_args(annotation) if a is not type(None)), None)
         if get_origin(annotation) is dict:
             annotation = named = get_args(annotation)[1]
             if isinstance(named, type) and issubclass(named, BaseModel):

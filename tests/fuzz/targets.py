@@ -133,7 +133,9 @@ def _offer(data: bytes) -> TrainingConfig | None:
     if not isinstance(offer, OpenSession):
         return None
     plan = offer.proposal.plan
-    return check_offer(offer, federation=plan.federation, tasks=[plan.task], policy=Policy(), highest=None)
+    return check_offer(
+        offer, federation=plan.federation, tasks=[plan.task], policy=Policy(), highest=None, rounds_taken=(), now=0.0
+    )
 
 
 def _bundle(data: bytes) -> tuple[bytes, ...]:

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.secagg.cohort import make_plan, make_proposal
+from tests.secagg.cohort import NOW, make_plan, make_proposal
 
 from maskwork.errors import UserError
 from maskwork.participant.agent import check_offer
 from maskwork.participant.config import read_config
-from maskwork.participant.policy import Policy, read_policy
+from maskwork.participant.policy import Policy, Refusal, read_policy
 from maskwork.secagg.encoding import Encoding, Rotation
 from maskwork.secagg.errors import DeclineCode, PlanRefused
 from maskwork.secagg.plan import RoundPlan, StatisticSpec
@@ -28,11 +28,15 @@ def plan(n: int = 4, **changes: object) -> RoundPlan:
     return make_plan(n, **{**colluders, "training_digest": DIGEST, **changes})
 
 
+def decide(policy: Policy, proposed: RoundPlan, *rounds_taken: int, now: float = NOW) -> tuple[Refusal, ...]:
+    return policy.decide(proposed, now=now, rounds_taken=rounds_taken)
+
+
 # --- the policy -----------------------------------------------------------------------------------------------------
 
 
 def test_the_strict_default_takes_an_ordinary_plan() -> None:
-    assert Policy(min_weight_cap=1).decide(plan()) == ()
+    assert decide(Policy(min_weight_cap=1), plan()) == ()
 
 
 @pytest.mark.parametrize(
@@ -62,7 +66,7 @@ def test_the_strict_default_takes_an_ordinary_plan() -> None:
         ),
         (Policy(min_weight_cap=101), plan(), DeclineCode.ENCODING, "weight cap 100 < 101"),
         (Policy(min_weight_cap=1, max_rounds=19), plan(), DeclineCode.POLICY, "rounds 20 > 19"),
-        (Policy(min_weight_cap=1, min_value_bits=13), plan(), DeclineCode.ENCODING, "value bits 12 not within 13..32"),
+        (Policy(min_weight_cap=1, min_value_bits=13), plan(), DeclineCode.ENCODING, "value bits 12 not within 13..24"),
         (Policy(min_weight_cap=1, max_value_bits=11), plan(), DeclineCode.ENCODING, "value bits 12 not within 8..11"),
         (Policy(min_weight_cap=1, max_clip_norm=0.5), plan(), DeclineCode.ENCODING, "clip norm 1 > 0.5"),
         (Policy(min_weight_cap=1, max_weight=99), plan(), DeclineCode.ENCODING, "weight cap 100 > 99"),
@@ -71,7 +75,7 @@ def test_the_strict_default_takes_an_ordinary_plan() -> None:
 def test_each_rule_refuses_with_its_code_and_says_by_how_much(
     policy: Policy, proposed: RoundPlan, code: DeclineCode, detail: str
 ) -> None:
-    (refusal,) = policy.decide(proposed)
+    (refusal,) = decide(policy, proposed)
     assert refusal.code is code
     assert refusal.detail.endswith(detail)
 
@@ -93,11 +97,11 @@ def test_each_rule_refuses_with_its_code_and_says_by_how_much(
     ],
 )
 def test_each_rule_admits_what_is_just_within_it(policy: Policy, proposed: RoundPlan) -> None:
-    assert policy.decide(proposed) == ()
+    assert decide(policy, proposed) == ()
 
 
 def test_every_broken_rule_is_told_at_once() -> None:
-    refusals = Policy(min_weight_cap=1, min_cohort=5, max_rounds=1, tasks=("x",)).decide(plan(4))
+    refusals = decide(Policy(min_weight_cap=1, min_cohort=5, max_rounds=1, tasks=("x",)), plan(4))
     assert [r.code for r in refusals] == [DeclineCode.TASK, DeclineCode.COHORT_TOO_SMALL, DeclineCode.POLICY]
 
 
@@ -114,8 +118,12 @@ def check(
     policy: Policy | None = None,
     highest: tuple[int, int] | None = None,
     tasks: tuple[str, ...] = ("digits",),
+    rounds_taken: tuple[int, ...] = (),
 ) -> TrainingConfig:
-    return check_offer(made, federation="test", tasks=tasks, policy=policy or Policy(min_weight_cap=1), highest=highest)
+    chosen = policy or Policy(min_weight_cap=1)
+    return check_offer(
+        made, federation="test", tasks=tasks, policy=chosen, highest=highest, rounds_taken=rounds_taken, now=NOW
+    )
 
 
 def refusal(made: OpenSession, **changes: object) -> tuple[DeclineCode, str]:

@@ -11,6 +11,7 @@ from collections.abc import Collection
 
 from maskwork.participant.policy import Policy
 from maskwork.secagg.errors import DeclineCode, PlanRefused
+from maskwork.secagg.plan import RoundPlan
 from maskwork.task import TrainingConfig, TrainingConfigError
 from maskwork.wire.codec import OpenSession
 
@@ -19,7 +20,14 @@ HEADER_BYTES_MOST = 64 << 20
 
 
 def check_offer(
-    offer: OpenSession, *, federation: str, tasks: Collection[str], policy: Policy, highest: tuple[int, int] | None
+    offer: OpenSession,
+    *,
+    federation: str,
+    tasks: Collection[str],
+    policy: Policy,
+    highest: tuple[int, int] | None,
+    rounds_taken: Collection[int],
+    now: float,
 ) -> TrainingConfig:
     """Decide about an offer before anything is fetched for it.
 
@@ -29,6 +37,8 @@ def check_offer(
         tasks: names that the site has configured.
         policy: the site's.
         highest: the highest (round, attempt) of this job on record.
+        rounds_taken: the rounds of this job on record.
+        now: seconds since the epoch.
 
     Returns:
         The training config that the plan's digest names.
@@ -41,9 +51,7 @@ def check_offer(
         raise PlanRefused(DeclineCode.BAD_PLAN, f"the plan is for federation {plan.federation}")
     if plan.task not in tasks:
         raise PlanRefused(DeclineCode.TASK, f"task {plan.task} is not configured at this site")
-    refusals = policy.decide(plan)
-    if refusals:
-        raise PlanRefused(refusals[0].code, "; ".join(refusal.detail for refusal in refusals)[:500])
+    check_policy(plan, policy, rounds_taken=rounds_taken, now=now)
     if highest is not None and (plan.round_number, plan.attempt) <= highest:
         raise PlanRefused(
             DeclineCode.STALE_ATTEMPT,
@@ -53,6 +61,17 @@ def check_offer(
     if not 0 < offer.model_size <= most:
         raise PlanRefused(DeclineCode.WRONG_MODEL, f"a model of {offer.model_size} bytes, at most {most} are accepted")
     return _training_config(offer)
+
+
+def check_policy(plan: RoundPlan, policy: Policy, *, rounds_taken: Collection[int], now: float) -> None:
+    """Ask the policy: of an offer, and again before step 0, since hours may have passed while the model was fetched.
+
+    Raises:
+        PlanRefused: with every rule that the plan breaks, and the code of the first.
+    """
+    refusals = policy.decide(plan, now=now, rounds_taken=rounds_taken)
+    if refusals:
+        raise PlanRefused(refusals[0].code, "; ".join(refusal.detail for refusal in refusals)[:500])
 
 
 def _training_config(offer: OpenSession) -> TrainingConfig:

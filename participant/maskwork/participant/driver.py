@@ -21,8 +21,9 @@ import structlog
 from maskwork.errors import StorageUnavailable, UserError, storage_unavailable
 from maskwork.net.identity import VerifiedCertificate
 from maskwork.participant import room, training_calls
-from maskwork.participant.agent import check_offer
+from maskwork.participant.agent import check_offer, check_policy
 from maskwork.participant.client import LinkDown, LinkUp, Said, TransferError
+from maskwork.participant.coming_back import ComingBack
 from maskwork.participant.config import TaskConfig
 from maskwork.participant.ledger import Ledger, SignedPlan, StaleAttempt
 from maskwork.participant.policy import Policy
@@ -92,8 +93,7 @@ class Driver:
         self._work: Work | None = None
         self._discarding: set[asyncio.Task[None]] = set()
         self._connected = asyncio.Event()
-        self._pause = pause
-        self._waiting_for_room: asyncio.Task[None] | None = None
+        self._coming_back = ComingBack(scratch=scratch, policy=policy, clock=clock, pause=pause, redial=self._redial)
         self.inbox: asyncio.Queue[object] = asyncio.Queue(256)
         self.link: Link | None = None
 
@@ -126,8 +126,7 @@ class Driver:
             self._fail(AbortReason.CANCELLED, "the participant stops")
         for task in self._discarding:
             task.cancel()
-        if self._waiting_for_room is not None:
-            self._waiting_for_room.cancel()
+        self._coming_back.cancel()
 
     async def close(self) -> None:
         """Forget the session, end the workers."""
@@ -198,6 +197,10 @@ class Driver:
         if self.link is not None:
             self.link.send(session, message)
 
+    def _redial(self) -> None:
+        if self.link is not None:
+            self.link.redial()
+
     # --- offers ---------------------------------------------------------------------------------------------------
 
     def _offered(self, session: bytes, offer: OpenSession) -> None:
@@ -220,6 +223,8 @@ class Driver:
                 tasks=self._tasks,
                 policy=self._policy,
                 highest=highest,
+                rounds_taken=self._ledger.rounds_taken(self._identity.federation, plan.job),
+                now=self._clock(),
             )
         except PlanRefused as refused:
             self._decline(session, offer.proposal, refused)
@@ -232,7 +237,7 @@ class Driver:
         except StorageUnavailable as error:
             log.error("no room for a session", detail=str(error))
             self._send(session, Decline(DeclineCode.PAUSED, _told(error)))
-            self._connect_anew_with_room(needed)
+            self._coming_back.when_there_is_room(needed)
             return
         work = self._work = Work(session, offer, config, folder)
         log.info("plan accepted", job=plan.job, round=plan.round_number, attempt=plan.attempt, cohort=plan.cohort)
@@ -255,6 +260,8 @@ class Driver:
                 refused.detail,
             )
         )
+        if refused.code is DeclineCode.PAUSED:  # the policy's hours, and nothing else, speak against it
+            self._coming_back.when_hours_begin()
 
     async def _fetch(self, work: Work) -> None:
         assert self.link is not None
@@ -293,11 +300,15 @@ class Driver:
             rules=core.SiteRules(
                 min_survivors=self._policy.min_survivors,
                 min_survivor_difference=self._policy.min_survivor_difference,
+                trusted=self._policy.trusted,
+                min_trusted_survivors=self._policy.min_trusted_survivors,
                 released=self._ledger.releases(identity.federation, plan.model_digest),
                 highest_attempt=self._ledger.highest_attempt(identity.federation, plan.job),
             ),
         )
+        taken = self._ledger.rounds_taken(identity.federation, plan.job)
         try:
+            check_policy(plan, self._policy, rounds_taken=taken, now=self._clock())
             started = protocol.begin(work.offer.proposal, site=site, rand=self._entropy(keys.SESSION_SEED_BYTES))
             work.state = started.state
             self._perform(work, started)
@@ -372,20 +383,9 @@ class Driver:
             self._send(work.id, Decline(code, said))
             self._end()
             if reason is AbortReason.STORAGE_FAILED:
-                self._connect_anew_with_room(room.needed_for(work.offer))
+                self._coming_back.when_there_is_room(room.needed_for(work.offer))
         else:
             self._step(core.LocalFailure(reason, detail))
-
-    def _connect_anew_with_room(self, needed: int) -> None:
-        """A site that declined is asked again after it has connected anew: do that when the disk can take a session."""
-
-        async def later() -> None:
-            await room.wait_for_room(self._scratch / "room", needed, pause=self._pause)
-            if self.link is not None:
-                self.link.redial()
-
-        if self._waiting_for_room is None or self._waiting_for_room.done():
-            self._waiting_for_room = asyncio.get_running_loop().create_task(later())
 
     def _abandon(self) -> None:
         """Drop a session that the coordinator has replaced by another; nobody waits for a Withdraw any more."""
@@ -436,7 +436,9 @@ class Driver:
         if work is not self._work:
             return
         work.trained = True
-        log.info("trained", seconds=round(trained.summary.seconds, 3), round=work.plan.round_number)
+        after_hours = not self._policy.open_at(self._clock())  # hours say when a session may begin: it goes on
+        seconds = round(trained.summary.seconds, 3)
+        log.info("trained", seconds=seconds, round=work.plan.round_number, after_hours=after_hours)
         self._mask_when_ready(work)
 
     def _mask_when_ready(self, work: Work) -> None:

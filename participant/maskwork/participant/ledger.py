@@ -134,6 +134,13 @@ class Ledger:
         with self._reading() as session:
             return _highest(session, federation, job)
 
+    def rounds_taken(self, federation: str, job: str) -> frozenset[int]:
+        """The rounds of a job in which this site took up an attempt, whatever became of it."""
+        table = tables.Attempt
+        query = select(table.round_number).where(table.federation == federation, table.job == job).distinct()
+        with self._reading() as session:
+            return frozenset(session.scalars(query))
+
     def record_attempt(
         self,
         federation: str,

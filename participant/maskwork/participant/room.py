@@ -1,4 +1,4 @@
-"""Whether a site's disk can take a session, asked before anything is fetched for it, and asked again when it could not.
+"""Whether a site can take a session: its disk, asked before anything is fetched, and asked again when it could not.
 
 A session needs the model, the certificates and the masked update in `scratch`. It reserves nothing and decides nothing:
 the driver declines, and connects anew when there is room: that is how a coordinator learns that it may ask again.
@@ -22,6 +22,7 @@ log = structlog.get_logger("maskwork.participant")
 
 FIRST_LOOK_S = 1.0
 LONGEST_LOOK_S = 30.0
+"""Also how late a site may be when its hours begin; short, because its clock may jump."""
 FOR_THE_LEDGER = 1 << 20
 """Left free beside what a session needs: a ledger that cannot be written ends the agent."""
 
@@ -71,3 +72,11 @@ async def wait_for_room(folder: Path, needed: int, *, pause: Pause = asyncio.sle
             shutil.rmtree(folder, ignore_errors=True)
             log.info("there is room again", folder=str(folder.parent))
             return
+
+
+async def wait_for_hours(
+    open_at: Callable[[float], bool], *, clock: Callable[[], float], pause: Pause = asyncio.sleep
+) -> None:
+    """Return when the policy's hours let a session begin."""
+    while not open_at(clock()):
+        await pause(LONGEST_LOOK_S)
