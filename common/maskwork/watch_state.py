@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final, assert_never
 
+from maskwork.drop_texts import because, named
 from maskwork.job_events import (
     COMPLETED,
     Answered,
@@ -203,8 +204,12 @@ def metrics_of(event: RoundCommitted) -> dict[str, float]:
 
 
 def dropped_text(event: Dropped) -> str:
-    """Who is out, where and why."""
-    return f"{event.participant} is out at {event.stage}: {_why(event.reason, event.detail)}"
+    """Who is out and why; a site that declined by its own policy says so itself: "site-b declined: cohort 4 < 5"."""
+    why = because(event.reason, event.detail)
+    own_words = named(event.participant, why)
+    if own_words != f"{event.participant}: {why}":
+        return own_words
+    return f"{event.participant} is out at {event.stage}: {why}"
 
 
 def bytes_text(size: int) -> str:
@@ -306,7 +311,7 @@ def _attempt_aborted(state: WatchState, event: AttemptAborted) -> WatchState:
         return state
     following = replace(state, attempt=_closed(attempt, event.at, "aborted"))
     text = (
-        f"round {event.round_number}, attempt {event.attempt} came to nothing: {_why(event.reason, event.detail)}; "
+        f"round {event.round_number}, attempt {event.attempt} came to nothing: {because(event.reason, event.detail)}; "
         "nothing of it is used"
     )
     return _with_notice(following, event.at, NoticeKind.ABORT, text)
@@ -350,7 +355,3 @@ def _is_news(state: WatchState, round_number: int, attempt: int) -> bool:
 def _closed(attempt: Attempt, at: float, outcome: str) -> Attempt:
     stages = tuple(stage if stage.closed_at is not None else replace(stage, closed_at=at) for stage in attempt.stages)
     return replace(attempt, stages=stages, outcome=outcome)
-
-
-def _why(reason: str, detail: str) -> str:
-    return f"{reason} ({detail})" if detail else reason

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from maskwork.job_events import AttemptOpened, JobEvent, JobSummary, RoundCommitted
+from maskwork.job_events import AttemptOpened, JobEvent, JobSummary, RoundCommitted, Waiting
 
 WATCHER_LIMIT = 10_000
 
@@ -63,6 +63,12 @@ class EventBoard:
             current.append(event)
         watchers = self._watchers[event.job_id]
         watchers -= {watcher for watcher in tuple(watchers) if not watcher.put(event)}
+
+    def waiting(self, job_id: str) -> str:
+        """Why a job waits, if that is the last that was said of it; else empty."""
+        current = self._current.get(job_id)
+        last = current[-1] if current else None
+        return last.detail if isinstance(last, Waiting) else ""
 
     def forget(self, job_id: str) -> None:
         """A job has ended: its last events need not be replayed any more."""

@@ -43,7 +43,7 @@ from maskwork.metrics import means
 from maskwork.secagg import keys, server
 from maskwork.secagg import server_states as core
 from maskwork.secagg.encoding import EncodingParameterError
-from maskwork.secagg.errors import AbortReason, DeclineCode, PlanError
+from maskwork.secagg.errors import AbortReason, PlanError
 from maskwork.secagg.graph import GraphError
 from maskwork.secagg.keys import Signer
 from maskwork.secagg.messages import (
@@ -339,14 +339,13 @@ class JobRunner:
                 excluded={**session.excluded, **(blamed if disputed else {})},
                 barred={} if disputed else blamed,
                 now=self._around.ticks(),
+                sitting_out=session.sitting_out,
                 drops=session.drops,
                 detail=state.detail,
             )
             answered = recovery.answered_on(self._around.store, session.job_id, p.model_digest)
             self.run = rounds.repeat_only(self.run, answered)
-        self._model_doubted = state.reason is AbortReason.AGGREGATION_FAILED or any(
-            said.startswith(f"declined ({DeclineCode.WRONG_MODEL.value}") for said in session.drops.values()
-        )
+        self._model_doubted = state.reason is AbortReason.AGGREGATION_FAILED or bool(session.doubted)
         runner.forget()
         self.runner = None
 

@@ -11,6 +11,7 @@ import secrets
 import shutil
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -144,8 +145,9 @@ class JobDesk:
         record = self._find(job_id)
         attempts = self._store.attempts(job_id)
         drops = self._store.drops(job_id)
+        shown, waiting = summary(record, at=self._clock()), self._board.waiting(job_id)
         return JobDetails(
-            summary(record, at=self._clock()),
+            replace(shown, reason=f"waiting: {waiting}") if waiting and not shown.ended else shown,
             self._rounds(job_id),
             tuple(
                 PastAttempt(

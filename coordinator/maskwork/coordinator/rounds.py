@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+from maskwork.drop_texts import named
 from maskwork.job import JobSpec
 from maskwork.metrics import statistic_specs
 from maskwork.secagg import graph as graphs
@@ -60,6 +61,7 @@ class JobRun:
         parameters: length of its flat vector.
         previous_survivors: names of the survivors of the last committed round.
         excluded: sites left out until they connect anew, each with why.
+        sitting_out: sites left out of this round alone, by their own policy, each with why.
         barred: sites convicted of dishonesty, left out of the rest of the job, each with why.
         failures: attempts at this round that came to nothing.
         not_before: time before which no attempt is opened, by the clock that never jumps.
@@ -79,6 +81,7 @@ class JobRun:
     parameters: int
     previous_survivors: tuple[str, ...]
     excluded: Mapping[str, str] = field(default_factory=dict)
+    sitting_out: Mapping[str, str] = field(default_factory=dict)
     barred: Mapping[str, str] = field(default_factory=dict)
     failures: int = 0
     not_before: float = 0.0
@@ -146,7 +149,7 @@ def decide(run: JobRun, present: Collection[PresentSite], *, now: float, rand: b
             why = f"retrying round {run.round_number} after {run.last_abort}"
         return waiting, Wait(why, run.not_before)
     names = {s.name for s in usable}
-    settled = run.settled - run.excluded.keys() - run.barred.keys()
+    settled = run.settled - _left_out(run).keys()
     complete = names in (set(cohort.participants), run.only) or (bool(settled) and settled <= names)
     if not complete and len(usable) < cohort.max_participants and now < since + cohort.wait_s:
         return waiting, Wait(f"{len(usable)} sites are ready; waiting for more", since + cohort.wait_s)
@@ -162,6 +165,7 @@ def after_abort(
     excluded: Mapping[str, str],
     barred: Mapping[str, str],
     now: float,
+    sitting_out: Mapping[str, str] | None = None,
     drops: Mapping[str, str] | None = None,
     detail: str = "",
 ) -> JobRun:
@@ -172,9 +176,14 @@ def after_abort(
     happens: it is tried again, later and later, with `detail` as the reason.
     """
     if reason is AbortReason.STORAGE_FAILED:
-        following = replace(run, attempt=run.attempt + 1, excluded={**run.excluded, **excluded})
+        following = replace(
+            run,
+            attempt=run.attempt + 1,
+            excluded={**run.excluded, **excluded},
+            sitting_out={**run.sitting_out, **(sitting_out or {})},
+        )
         return put_off(following, detail, now=now)
-    why = "; ".join([reason.value, *(f"{name}: {said}" for name, said in sorted((drops or {}).items()))])
+    why = "; ".join([reason.value, *(named(name, said) for name, said in sorted((drops or {}).items()))])
     full = AbortReason.STORAGE_FAILED.value  # a site's disk: what it answers changes when somebody mends it
     answered = bool(drops) and all(s.startswith("withdrew") and full not in s for s in (drops or {}).values())
     pause = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** min(run.failures, 20))
@@ -185,6 +194,7 @@ def after_abort(
         not_before=now + pause,
         ready_since=None,
         excluded={**run.excluded, **excluded},
+        sitting_out={**run.sitting_out, **(sitting_out or {})},
         barred={**run.barred, **barred},
         last_abort=why,
         repeats=run.repeats + 1 if answered and why == run.last_abort else 0,
@@ -208,6 +218,7 @@ def after_commit(run: JobRun, *, model: bytes, survivors: tuple[str, ...]) -> Jo
         attempt=1,
         model=model,
         previous_survivors=survivors,
+        sitting_out={},
         only=frozenset(),
         failures=0,
         not_before=0.0,
@@ -239,7 +250,10 @@ def readmit(run: JobRun, site: str) -> JobRun:
 
     One that was convicted is not: a dishonest dealer that reconnects would cost the job an attempt each time.
     """
-    return replace(run, excluded={name: why for name, why in run.excluded.items() if name != site})
+    excluded, sitting_out = dict(run.excluded), dict(run.sitting_out)
+    excluded.pop(site, None)
+    sitting_out.pop(site, None)
+    return replace(run, excluded=excluded, sitting_out=sitting_out)
 
 
 def build_plan(
@@ -292,15 +306,17 @@ def build_plan(
 
 
 def _usable(run: JobRun, present: Collection[PresentSite]) -> list[PresentSite]:
-    wanted = set(run.spec.cohort.participants)
+    wanted, left_out = set(run.spec.cohort.participants), _left_out(run)
     return [
         site
         for site in present
-        if site.name not in run.excluded
-        and site.name not in run.barred
-        and run.spec.task in site.tasks
-        and (not wanted or site.name in wanted)
+        if site.name not in left_out and run.spec.task in site.tasks and (not wanted or site.name in wanted)
     ]
+
+
+def _left_out(run: JobRun) -> Mapping[str, str]:
+    """Sites that are not asked now, each with why."""
+    return {**run.sitting_out, **run.excluded, **run.barred}
 
 
 def _shortage(run: JobRun, present: Collection[PresentSite], usable: list[PresentSite]) -> str:
@@ -308,7 +324,7 @@ def _shortage(run: JobRun, present: Collection[PresentSite], usable: list[Presen
     without = sorted(s.name for s in present if run.spec.task not in s.tasks)
     if without:
         parts.append(f"not configured for task {run.spec.task}: {', '.join(without)}")
-    parts.extend(f"{name}: {why}" for name, why in sorted({**run.excluded, **run.barred}.items()))
+    parts.extend(named(name, why) for name, why in sorted(_left_out(run).items()))
     missing = sorted(set(run.spec.cohort.participants) - {s.name for s in present})
     if missing:
         parts.append(f"not connected: {', '.join(missing)}")

@@ -22,8 +22,9 @@ from maskwork.coordinator.board import EventBoard
 from maskwork.coordinator.models import ModelStore
 from maskwork.coordinator.peers import Peer
 from maskwork.coordinator.records import DropRecord, EvidenceRecord, ResumeRecord
-from maskwork.coordinator.session import KEPT_OUT_UNTIL_RECONNECT, ActiveSession, deadline_s
+from maskwork.coordinator.session import ActiveSession, deadline_s
 from maskwork.coordinator.store import Store
+from maskwork.drop_texts import named
 from maskwork.errors import storage_unavailable
 from maskwork.secagg import server
 from maskwork.secagg import server_states as core
@@ -218,9 +219,7 @@ class SessionRunner:
         self._around.store.record_drop(
             DropRecord(job_id, round_number, attempt, name, drop.stage.value, drop.reason.value, drop.detail, now)
         )
-        session.drops[name] = f"{drop.reason.value} ({drop.detail})"
-        if drop.reason in KEPT_OUT_UNTIL_RECONNECT:
-            session.excluded[name] = f"{drop.reason.value} ({drop.detail})"
+        why = session.note_drop(name, drop.reason, drop.detail)
         self._publish(
             events.Dropped(
                 *self._when(),
@@ -230,7 +229,9 @@ class SessionRunner:
                 detail=drop.detail,
             )
         )
-        log.warning("participant dropped", participant=name, reason=drop.reason.value, detail=drop.detail)
+        log.warning(
+            "participant dropped", participant=name, reason=drop.reason.value, detail=drop.detail, said=named(name, why)
+        )
         phrase = f"left out of this session: {drop.reason.value}"
         self._send(drop.member, SessionClosed(released=False, phrase=phrase))
         self.free_slot(drop.member)

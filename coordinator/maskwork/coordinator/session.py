@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from maskwork.coordinator.aggregation import SessionShape
 from maskwork.coordinator.spool import Spool, UploadSlots
-from maskwork.secagg.errors import DropReason
+from maskwork.drop_texts import because, decline_code
+from maskwork.secagg.errors import DeclineCode, DropReason
 from maskwork.secagg.messages import ShareKeys
 from maskwork.secagg.plan import RoundPlan
 from maskwork.secagg.server_states import (
@@ -51,6 +52,10 @@ class ActiveSession:
         training_config: canonical JSON, as sent.
         model_size: bytes of the global model's file.
         slots: who may upload.
+        excluded: members that are asked again when they connect anew, each with why.
+        sitting_out: members that are asked again in the next round, each with why.
+        drops: every member that was dropped, with why.
+        doubted: members that said that the model they were sent is not the plan's.
     """
 
     job_id: str
@@ -65,7 +70,9 @@ class ActiveSession:
     spools: dict[int, Spool] = field(default_factory=dict)
     additions: list[asyncio.Task[None]] = field(default_factory=list)
     excluded: dict[str, str] = field(default_factory=dict)
+    sitting_out: dict[str, str] = field(default_factory=dict)
     drops: dict[str, str] = field(default_factory=dict)
+    doubted: set[str] = field(default_factory=set)
     stage: Stage | None = None
     stage_since: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
@@ -125,6 +132,18 @@ class ActiveSession:
         return OpenSession(
             self.core.proposal, self.training_config, self.model_size, hashlib.sha256(bundle).digest(), len(bundle)
         )
+
+    def note_drop(self, name: str, reason: DropReason, detail: str) -> str:
+        """Remember a dropped member and whether it can be asked again; returns why it is out, in words."""
+        why = self.drops[name] = because(reason.value, detail)
+        code = decline_code(reason.value, detail)
+        if code is DeclineCode.PARTICIPATION:
+            self.sitting_out[name] = why
+        elif reason in KEPT_OUT_UNTIL_RECONNECT:
+            self.excluded[name] = why
+        if code is DeclineCode.WRONG_MODEL:
+            self.doubted.add(name)
+        return why
 
     def enter_stage(self, stage: Stage | None, now: float) -> None:
         """Close the books of the stage before."""
