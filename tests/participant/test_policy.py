@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.secagg.cohort import NOW, make_plan, make_proposal
 from maskwork.errors import UserError
 from maskwork.participant.agent import check_offer
 from maskwork.participant.config import read_config
+from maskwork.participant.hours import Hours
 from maskwork.participant.policy import Policy, Refusal, read_policy
 from maskwork.secagg.encoding import Encoding, Rotation
 from maskwork.secagg.errors import DeclineCode, PlanRefused
@@ -70,6 +72,30 @@ def test_the_strict_default_takes_an_ordinary_plan() -> None:
         (Policy(min_weight_cap=1, max_value_bits=11), plan(), DeclineCode.ENCODING, "value bits 12 not within 8..11"),
         (Policy(min_weight_cap=1, max_clip_norm=0.5), plan(), DeclineCode.ENCODING, "clip norm 1 > 0.5"),
         (Policy(min_weight_cap=1, max_weight=99), plan(), DeclineCode.ENCODING, "weight cap 100 > 99"),
+        (
+            Policy(min_weight_cap=1, min_clip_norm=1.5),
+            plan(),
+            DeclineCode.ENCODING,
+            "clip norm 1 < 1.5",
+        ),
+        (
+            Policy(min_weight_cap=1, jobs=("job", "xray-*")),
+            plan(),
+            DeclineCode.POLICY,
+            "job job-1 is not among those allowed",
+        ),
+        (
+            Policy(min_weight_cap=1, trusted_participants=("site-001", "elsewhere"), min_trusted_survivors=2),
+            plan(),
+            DeclineCode.TOO_FEW_SURVIVORS,
+            "trusted members 1 < 2",
+        ),
+        (
+            Policy(min_weight_cap=1, revocation_list="required"),
+            plan(),
+            DeclineCode.REVOCATION,
+            "no revocation list is published, and this site requires one",
+        ),
     ],
 )
 def test_each_rule_refuses_with_its_code_and_says_by_how_much(
@@ -94,10 +120,141 @@ def test_each_rule_refuses_with_its_code_and_says_by_how_much(
             ),
             plan(),
         ),
+        (Policy(min_weight_cap=1, min_clip_norm=1.0), plan()),
+        (Policy(min_weight_cap=1, tasks=("dig*",)), plan()),
+        (
+            Policy(min_weight_cap=1, trusted_participants=("site-001", "site-003"), min_trusted_survivors=2),
+            plan(),
+        ),
+        (Policy(min_weight_cap=1, revocation_list="required"), plan(revocation_number=1)),
     ],
 )
 def test_each_rule_admits_what_is_just_within_it(policy: Policy, proposed: RoundPlan) -> None:
     assert decide(policy, proposed) == ()
+
+
+@pytest.mark.parametrize("pattern", ["digits-0badcafe", "digits", "dig*", "digits-*", "*"])
+def test_a_job_is_allowed_by_its_id_its_name_or_a_pattern(pattern: str) -> None:
+    assert decide(Policy(min_weight_cap=1, jobs=("x", pattern)), plan(job="digits-0badcafe")) == ()
+
+
+@pytest.mark.parametrize("pattern", ["digit", "igits", "Digits", "digits-0badcaf", "x*", "0badcafe"])
+def test_a_job_of_another_name_is_not(pattern: str) -> None:
+    (refusal,) = decide(Policy(min_weight_cap=1, jobs=(pattern,)), plan(job="digits-0badcafe"))
+    assert refusal.detail == "job digits-0badcafe is not among those allowed"
+
+
+def test_the_name_of_a_job_is_its_id_without_what_a_coordinator_appends_and_no_shorter() -> None:
+    assert decide(Policy(min_weight_cap=1, jobs=("digits",)), plan(job="digits-second"))
+    assert decide(Policy(min_weight_cap=1, jobs=("digits",)), plan(job="digits-0badcafex"))
+
+
+def test_members_are_trusted_by_organisation_too_and_nobody_twice() -> None:
+    organisations = {"university": ("site-000", "site-001"), "other": ("site-002",)}
+    trusting = Policy(
+        min_weight_cap=1,
+        organisations=organisations,
+        trusted_organisations=("university",),
+        trusted_participants=("site-001", "site-003"),
+        min_trusted_survivors=3,
+    )
+    assert trusting.trusted == {"site-000", "site-001", "site-003"}
+    assert decide(trusting, plan(4)) == ()
+    (refusal,) = decide(trusting, plan(3))
+    assert refusal.detail == "trusted members 2 < 3"
+
+
+def test_on_the_sparse_graph_trusted_members_are_needed_among_those_that_are_seen() -> None:
+    names = tuple(f"site-{i:03}" for i in range(16))
+    sparse = Policy(
+        min_weight_cap=1,
+        min_colluders=0,
+        sparse_graph=True,
+        min_corrupt_permille=20,
+        trusted_participants=names,
+        min_trusted_survivors=16,
+    )
+    (refusal,) = decide(sparse, plan(200))
+    assert refusal == Refusal(DeclineCode.TOO_FEW_SURVIVORS, "15 members seen here < trusted survivors 16")
+
+
+# --- participation --------------------------------------------------------------------------------------------------
+
+HALF = Policy(min_weight_cap=1, max_participation=0.5, participation_window=10)
+
+
+def test_a_site_takes_part_in_no_more_than_its_share_of_any_window_of_rounds() -> None:
+    """Asked in every round of a long job, it never passes the share in any ten rounds in a row, and reaches it."""
+    taken: list[int] = []
+    for number in range(1, 101):
+        if not decide(HALF, plan(round_number=number, rounds_total=100), *taken):
+            taken.append(number)
+    for first in range(1, 92):
+        assert sum(first <= number < first + 10 for number in taken) <= 5
+    assert len(taken) == 50
+
+
+def test_the_refusal_says_the_share_and_can_be_told_from_a_lasting_one() -> None:
+    proposed = plan(round_number=6, rounds_total=100)
+    assert decide(HALF, proposed, 1, 2, 3, 4) == ()
+    (refusal,) = decide(HALF, proposed, 1, 2, 3, 4, 5)
+    assert refusal == Refusal(DeclineCode.PARTICIPATION, "participation in 6 of 10 rounds > 0.5")
+    assert decide(HALF, plan(round_number=11, rounds_total=100), 1, 2, 3, 4, 5) == ()
+
+
+def test_a_round_counts_once_however_many_attempts_it_takes() -> None:
+    assert decide(HALF, plan(round_number=5, attempt=3, rounds_total=100), 1, 2, 3, 4, 5) == ()
+
+
+def test_a_job_shorter_than_the_window_is_a_window() -> None:
+    assert decide(HALF, plan(round_number=3, rounds_total=4), 1) == ()
+    (refusal,) = decide(HALF, plan(round_number=3, rounds_total=4), 1, 2)
+    assert refusal.detail == "participation in 3 of 4 rounds > 0.5"
+
+
+def test_a_share_is_the_number_that_is_written_and_not_its_nearest_float() -> None:
+    exact = Policy(min_weight_cap=1, max_participation=0.29, participation_window=100)
+    taken = tuple(range(1, 29))
+    assert decide(exact, plan(round_number=29, rounds_total=100), *taken) == ()  # 0.29 * 100 is below 29 in floats
+    assert decide(exact, plan(round_number=30, rounds_total=100), *taken, 29)
+
+
+def test_a_lasting_refusal_comes_before_one_for_this_round() -> None:
+    always = HALF.model_copy(update={"min_cohort": 5})
+    refusals = decide(always, plan(round_number=6, rounds_total=100), 1, 2, 3, 4, 5)
+    assert [r.code for r in refusals] == [DeclineCode.COHORT_TOO_SMALL, DeclineCode.PARTICIPATION]
+
+
+# --- hours and revocation lists -------------------------------------------------------------------------------------
+
+
+def test_a_session_begins_within_the_hours_and_not_outside() -> None:
+    noon = datetime(2026, 3, 4, 12, 0, tzinfo=UTC).timestamp()  # a Wednesday
+    hours = Hours(time_zone="UTC", windows=("mon-fri 20:00-06:00",))
+    nights = Policy(min_weight_cap=1, hours=hours)
+    (refusal,) = decide(nights, plan(), now=noon)
+    assert refusal.code is DeclineCode.PAUSED
+    assert refusal.detail == "wed 12:00 is outside the hours agreed to: mon-fri 20:00-06:00 UTC"
+    assert decide(nights, plan(), now=noon + 8 * 3600) == ()
+    assert (nights.open_at(noon), nights.open_at(noon + 8 * 3600), Policy().open_at(noon)) == (False, True, True)
+
+
+def test_a_revocation_list_is_refused_once_it_is_older_than_a_week() -> None:
+    policy, day = Policy(), 86_400.0
+    assert policy.revocation_refusal(3, NOW - 7 * day, NOW) is None
+    assert policy.revocation_refusal(3, NOW - 7.1 * day, NOW) == Refusal(
+        DeclineCode.REVOCATION, "revocation list 3 is 7.1 days old > 7"
+    )
+    assert Policy(max_revocation_age_days=30).revocation_refusal(3, NOW - 29 * day, NOW) is None
+
+
+def test_no_revocation_list_at_all_is_refused_only_where_one_is_required() -> None:
+    assert Policy().revocation_refusal(0, None, NOW) is None
+    required = Policy(revocation_list="required")
+    assert required.revocation_refusal(0, None, NOW) == Refusal(
+        DeclineCode.REVOCATION, "no revocation list is published, and this site requires one"
+    )
+    assert required.revocation_refusal(1, NOW, NOW) is None
 
 
 def test_every_broken_rule_is_told_at_once() -> None:
@@ -209,6 +366,26 @@ def test_a_policy_file_is_read(tmp_path: Path) -> None:
         ("min_survivor_difference = 1\n", "min_survivor_difference: "),
         ("max_clip_norm = inf\n", "max_clip_norm: "),
         ("min_cohort =\n", "cannot be read as a policy"),
+        ('secure_aggregation = "off"\n', "secure_aggregation: .*no path on which an update is not masked"),
+        ("secure_aggregation = false\n", "secure_aggregation: .*only \"required\" is accepted"),
+        ('privacy_mechanism = "gaussian"\n', "privacy_mechanism: .*not yet enforceable.*remove the key"),
+        ("max_epsilon = 3.0\n", "max_epsilon: .*not yet enforceable"),
+        ("max_delta = 1e-6\n", "max_delta: .*not yet enforceable"),
+        ('trusted_participants = ["a"]\n', "trusted_participants protects from nothing without min_trusted_survivors"),
+        ('trusted_participants = ["*"]\nmin_trusted_survivors = 1\n', "is not a participant's name"),
+        ('trusted_organisations = ["x"]\nmin_trusted_survivors = 1\n', "'x' is not in the table .organisations."),
+        ('trusted_participants = ["a"]\nmin_trusted_survivors = 2\n', "2 are more than the 1 members"),
+        ("min_trusted_survivors = 1\n", "1 are more than the 0 members"),
+        ("min_clip_norm = 2000.0\n", "min_clip_norm is above max_clip_norm"),
+        ("min_value_bits = 25\n", "min_value_bits is above max_value_bits"),
+        ("max_weight = 100\n", "min_weight_cap is above max_weight"),
+        ("max_participation = 0\n", "max_participation: "),
+        ("max_participation = 1.1\n", "max_participation: "),
+        ('revocation_list = "never"\n', "revocation_list: "),
+        ("[hours]\ntime_zone = 'UTC'\nwindows = []\n", "hours.windows: "),
+        ("[hours]\ntime_zone = 'Mars'\nwindows = ['mon 00:00-24:00']\n", "hours.time_zone: .*no time zone 'Mars'"),
+        ("[hours]\ntime_zone = 'UTC'\nwindows = ['monday']\n", "'monday' is no window"),
+        ("[hours]\ntime_zon = 'UTC'\nwindows = ['mon 00:00-24:00']\n", "time_zon: no such key; did you mean time_zone"),
     ],
 )
 def test_a_mistake_in_a_policy_is_told_by_key(tmp_path: Path, text: str, says: str) -> None:

@@ -80,11 +80,11 @@ class SignedPlan:
 class Ledger:
     """A site's state directory. Use `Ledger.open`, and `close` it, or use it as a context manager."""
 
-    def __init__(self, engine: Engine, *, file: Path, lock: int, refused_plans_kept: int) -> None:
+    def __init__(self, engine: Engine, *, file: Path, lock: int | None, refused_plans_kept: int) -> None:
         self._engine = engine
         self._reading_engine = engine.execution_options(maskwork_reading=True)
         self._file = str(file)
-        self._lock: int | None = lock
+        self._lock = lock
         self._refused_plans_kept = refused_plans_kept
 
     @classmethod
@@ -111,6 +111,23 @@ class Ledger:
             os.close(lock)
             raise
         return cls(engine, file=file, lock=lock, refused_plans_kept=refused_plans_kept)
+
+    @classmethod
+    def read(cls, directory: str | Path, *, busy_timeout_s: float = 5.0) -> "Ledger":
+        """Open the ledger of a state directory to look into it; the agent may run meanwhile.
+
+        Raises:
+            StoreError: There is none, or it cannot be read.
+        """
+        file = Path(directory).absolute() / DATABASE_NAME
+        with world_failures(str(file)):
+            found = file.is_file()
+        if not found:
+            remedy = "Name the directory that `state` says in the participant's file; an agent makes it when it starts."
+            raise StoreError("there is no ledger here", file=file, remedy=remedy)
+        url = URL.create("sqlite", database=str(file))
+        engine = open_engine(MIGRATIONS, url.render_as_string(hide_password=False), busy_timeout_s=busy_timeout_s)
+        return cls(engine, file=file, lock=None, refused_plans_kept=0)
 
     def close(self) -> None:
         """Close the ledger and let another agent have the directory. Calling it again does nothing."""
@@ -233,6 +250,12 @@ class Ledger:
             found = [_plan(row, None) for row in taken] + [_plan(row, row.why) for row in refused]
         return tuple(sorted(found, key=_attempt_of))
 
+    def federations(self) -> tuple[str, ...]:
+        """The federations that any plan on record is of."""
+        with self._reading() as session:
+            found = [session.scalars(select(t.federation).distinct()) for t in (tables.Attempt, tables.RefusedPlan)]
+            return tuple(sorted({name for names in found for name in names}))
+
     def equivocations(self, federation: str) -> tuple[tuple[SignedPlan, SignedPlan], ...]:
         """Pairs of different plans that the coordinator signed for one and the same attempt."""
         return tuple(
@@ -339,6 +362,8 @@ class Ledger:
 
     @contextmanager
     def _writing(self) -> Iterator[Session]:
+        if self._lock is None:
+            raise RuntimeError("this ledger is closed, or was opened for reading")
         with world_failures(self._file), Session(self._engine) as session, session.begin():
             yield session
 

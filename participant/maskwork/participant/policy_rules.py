@@ -240,7 +240,7 @@ def _encoding(policy: Policy, plan: RoundPlan) -> Iterator[Finding]:
         ("min_weight_cap", cap, cap >= policy.min_weight_cap),
         ("max_weight", cap, cap <= policy.max_weight),
     ):
-        rule, sign = "clip norm" if value is norm else "weight cap", "<" if key.startswith("min") else ">"
+        rule, sign = "clip norm" if "clip" in key else "weight cap", "<" if key.startswith("min") else ">"
         number = shown(value)
         detail = f"{rule} {number} {sign} {shown(getattr(policy, key))}"
         yield _finding(policy, key, rule, number, passes=passes, code=DeclineCode.ENCODING, detail=detail)
