@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from enum import Enum
 from typing import Final, cast, get_args, get_origin, get_type_hints
 
@@ -80,10 +81,11 @@ def _plain(value: object) -> object:
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise PlanJsonError(f"{max(keys, key=keys.count)[:80]!r} comes twice")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise PlanJsonError(f"{key[:80]!r} comes twice")
+    return found
 
 
 def _no_constant(text: str) -> object:

@@ -182,7 +182,14 @@ class FakeLink:
 class Table:
     """One participant under test, at roster index `OWN`, and everybody else played by the pure halves."""
 
-    def __init__(self, folder: Path, policy: Policy | None = None, *, pause: Pause = asyncio.sleep) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        policy: Policy | None = None,
+        *,
+        pause: Pause = asyncio.sleep,
+        clock: Callable[[], float] = lambda: NOW,
+    ) -> None:
         self.folder = folder
         self.worker = FakeWorker()
         self.link = FakeLink()
@@ -203,7 +210,7 @@ class Table:
             seed=1,
             scratch=folder / "scratch",
             make_worker=lambda _name, _task: self.worker,
-            clock=lambda: NOW,
+            clock=clock,
             entropy=lambda length: hashlib.shake_256(b"entropy").digest(length),
             pause=pause,
         )

@@ -367,7 +367,7 @@ def test_a_policy_file_is_read(tmp_path: Path) -> None:
         ("max_clip_norm = inf\n", "max_clip_norm: "),
         ("min_cohort =\n", "cannot be read as a policy"),
         ('secure_aggregation = "off"\n', "secure_aggregation: .*no path on which an update is not masked"),
-        ("secure_aggregation = false\n", "secure_aggregation: .*only \"required\" is accepted"),
+        ("secure_aggregation = false\n", 'secure_aggregation: .*only "required" is accepted'),
         ('privacy_mechanism = "gaussian"\n', "privacy_mechanism: .*not yet enforceable.*remove the key"),
         ("max_epsilon = 3.0\n", "max_epsilon: .*not yet enforceable"),
         ("max_delta = 1e-6\n", "max_delta: .*not yet enforceable"),
