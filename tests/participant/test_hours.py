@@ -88,7 +88,7 @@ def test_windows_are_wall_clock_time_in_the_stated_zone() -> None:
     ],
 )
 def test_what_is_no_window_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="no window|no time"):
+    with pytest.raises(ValueError, match=r"no window|no time"):
         parse_window(text)
     with pytest.raises(ValidationError):
         hours(text)
