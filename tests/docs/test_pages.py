@@ -93,7 +93,8 @@ SHELL_LINES: Final = [
 
 
 def words_of(line: str) -> list[str]:
-    return shlex.split(line.removeprefix("$ "), comments=True)
+    words = shlex.split(line.removeprefix("$ "), comments=True)
+    return words[: words.index(">")] if ">" in words else words  # what goes into a file is the shell's
 
 
 def commands(program: str) -> list[tuple[Block, list[str]]]:
