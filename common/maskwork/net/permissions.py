@@ -14,6 +14,7 @@ from maskwork.net.names import Role
 
 _PARTICIPANTS: Final = frozenset({Role.PARTICIPANT})
 _SUBMITTERS: Final = frozenset({Role.OPERATOR, Role.RESEARCHER})
+_AUDITORS: Final = frozenset({Role.OPERATOR, Role.AUDITOR})
 _READERS: Final = frozenset({Role.OPERATOR, Role.RESEARCHER, Role.AUDITOR})
 _ANYONE: Final = frozenset(Role)
 
@@ -24,10 +25,12 @@ PERMISSIONS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         "/maskwork.wire.v1.FederationService/Download": _PARTICIPANTS,
         "/maskwork.wire.v1.JobService/SubmitJob": _SUBMITTERS,
         "/maskwork.wire.v1.JobService/AbortJob": _SUBMITTERS,
-        "/maskwork.wire.v1.JobService/ExportModel": _SUBMITTERS,
+        # An auditor compares a model with the digest in the log. That it was handed out is a record of its own.
+        "/maskwork.wire.v1.JobService/ExportModel": _READERS,
         "/maskwork.wire.v1.JobService/ListJobs": _READERS,
         "/maskwork.wire.v1.JobService/GetJob": _READERS,
         "/maskwork.wire.v1.JobService/WatchJob": _READERS,
+        "/maskwork.wire.v1.AuditService/ReadAudit": _AUDITORS,
         "/grpc.health.v1.Health/Check": _ANYONE,
         "/grpc.health.v1.Health/List": _ANYONE,
         "/grpc.health.v1.Health/Watch": _ANYONE,

@@ -93,6 +93,7 @@ class DeclineCode(StrEnum):
     STALE_ATTEMPT = "stale-attempt"
     SAME_MODEL = "same-model"
     REVOCATION = "revocation"
+    AUDIT = "audit"
     PRIVACY = "privacy"
     NOT_IN_ROSTER = "not-in-roster"
     BAD_PLAN = "bad-plan"

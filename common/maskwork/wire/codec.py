@@ -20,6 +20,8 @@ from maskwork.secagg import messages as domain
 from maskwork.secagg.errors import AbortReason, DeclineCode
 from maskwork.secagg.keys import PublicKey, ShareKind
 from maskwork.wire.errors import WireError as WireError
+from maskwork.wire.history_codec import NO_HISTORY, decode_history, encode_history
+from maskwork.wire.history_codec import ShownHistory as ShownHistory
 from maskwork.wire.plan_codec import decode_plan as decode_plan
 from maskwork.wire.plan_codec import encode_plan as encode_plan
 from maskwork.wire.v1 import federation_pb2, session_pb2
@@ -42,6 +44,7 @@ class Hello:
     software: str
     tasks: tuple[str, ...]
     active_session: bytes
+    audit_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,7 @@ class OpenSession:
     model_size: int
     certificates_digest: bytes
     certificates_size: int
+    history: ShownHistory = NO_HISTORY
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,12 @@ def encode_request(session_id: bytes, message: Request) -> federation_pb2.Connec
     match message:
         case Hello():
             request.hello.CopyFrom(
-                federation_pb2.Hello(versions=message.versions, software=message.software, tasks=message.tasks)
+                federation_pb2.Hello(
+                    versions=message.versions,
+                    software=message.software,
+                    tasks=message.tasks,
+                    audit_size=message.audit_size,
+                )
             )
         case UploadReady():
             request.upload_ready.CopyFrom(federation_pb2.UploadReady())
@@ -178,7 +187,8 @@ def _decode_hello(request: federation_pb2.ConnectRequest) -> Hello:
         raise WireError(f"a task's name of more than {MAX_TASK_NAME} characters")
     if len(request.session_id) not in (0, 32):
         raise WireError("a Hello that names a session by something that is no session id")
-    return Hello(tuple(hello.versions), _shown(hello.software, 200), tuple(hello.tasks), request.session_id)
+    software = _shown(hello.software, 200)
+    return Hello(tuple(hello.versions), software, tuple(hello.tasks), request.session_id, hello.audit_size)
 
 
 def _shown(text: str, most: int) -> str:
@@ -325,6 +335,8 @@ def _open_session(message: OpenSession) -> session_pb2.OpenSession:
         model_size=message.model_size,
         certificates_digest=message.certificates_digest,
         certificates_size=message.certificates_size,
+        # Left out where there is none: an offer without a history has the bytes that it always had.
+        history=None if message.history == NO_HISTORY else encode_history(message.history),
     )
 
 
@@ -340,6 +352,7 @@ def _decode_open_session(message: session_pb2.OpenSession) -> OpenSession:
         message.model_size,
         message.certificates_digest,
         message.certificates_size,
+        decode_history(message.history),
     )
 
 

@@ -23,6 +23,7 @@ import structlog
 
 from maskwork.coordinator import rounds
 from maskwork.coordinator.aggregation import Release
+from maskwork.coordinator.audit import Trail
 from maskwork.coordinator.board import EventBoard
 from maskwork.coordinator.happenings import (
     Crashed,
@@ -78,8 +79,12 @@ class Driver:
         ticks: Callable[[], float] = time.monotonic,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
         entropy: Callable[[int], bytes] = os.urandom,
+        audit: Trail | None = None,
     ) -> None:
         self.federation = federation
+        self.audit = audit or Trail.in_memory(
+            federation=federation.name, certificate=federation.certificate, signer=federation.signer, clock=clock
+        )
         self.board = EventBoard()
         self._models = models
         self._ticks = ticks  # what is waited for and measured by; it never jumps
@@ -93,6 +98,7 @@ class Driver:
             models=models,
             worker=worker,
             board=self.board,
+            audit=self.audit,
             peers=self._peers,
             clock=clock,
             ticks=ticks,
@@ -133,14 +139,14 @@ class Driver:
         return active.spool(member), member
 
     def download(self, site: PresentSite, digest: bytes) -> Path | bytes | None:
-        """What a member of the open session may fetch: the global model's file, or the roster's certificates."""
+        """What a member of the open session may fetch: the model's file, certificates, digests of our audit log."""
         active = None if self._jobs.runner is None else self._jobs.runner.session
         if active is None or active.index_of(site.name, site.fingerprint) is None:
             return None
         if digest == active.plan.model_digest:
             return self._models.path(digest)
         bundle = active.certificate_bundle
-        return bundle if hashlib.sha256(bundle).digest() == digest else None
+        return bundle if hashlib.sha256(bundle).digest() == digest else self.audit.tail(digest)
 
     # --- the loop ----------------------------------------------------------------------------------
 

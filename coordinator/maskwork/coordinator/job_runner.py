@@ -201,6 +201,7 @@ class JobRunner:
 
     async def _open_attempt(self, run: JobRun, cohort: tuple[PresentSite, ...]) -> None:
         config = run.spec.training.canonical_json()
+        certificates = tuple(self._around.peers[site.name].certificate for site in cohort)
         try:
             plan = rounds.build_plan(
                 run,
@@ -208,6 +209,7 @@ class JobRunner:
                 federation=self._federation.name,
                 nonce=self._entropy(16),
                 training_digest=hashlib.sha256(config).digest(),
+                audit_head=self._around.audit.head_for(certificates),
             )
         except (PlanError, EncodingParameterError, GraphError) as error:
             self._end_job(run.job_id, JobState.FAILED, f"no plan can be made for {len(cohort)} sites: {error}")
@@ -221,7 +223,6 @@ class JobRunner:
         identifier = session_id(plan_bytes)
         signed = keys.signed_message("plan", session=identifier, sender=keys.COORDINATOR_INDEX, fields=b"")
         signature = self._federation.signer.sign(signed)
-        certificates = tuple(self._around.peers[site.name].certificate for site in cohort)
         started = server.begin(Proposal(plan_bytes, signature, plan), public_keys(certificates))
         session = self._new_session(run.job_id, started.state, certificates, config=config, model_size=model_size)
         try:

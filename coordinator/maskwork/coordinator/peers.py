@@ -25,11 +25,13 @@ class Peer:
         site: name, fingerprint and tasks.
         certificate: DER, as verified on this connection.
         active_session: the session that the participant says it is still in; empty for none.
+        audit_size: how many records are under the head of our audit chain that it keeps; by its word.
     """
 
     site: PresentSite
     certificate: bytes = field(repr=False)
     active_session: bytes = b""
+    audit_size: int = 0
     _outbox: asyncio.Queue[federation_pb2.ConnectResponse | None] = field(
         default_factory=lambda: asyncio.Queue(OUTBOX_LIMIT + 1), repr=False
     )

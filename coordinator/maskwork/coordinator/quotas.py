@@ -24,6 +24,7 @@ AT_A_TIME: Final[Mapping[str, int]] = MappingProxyType(
         "/maskwork.wire.v1.JobService/SubmitJob": 2,
         "/maskwork.wire.v1.JobService/ExportModel": 4,
         "/maskwork.wire.v1.JobService/WatchJob": 16,
+        "/maskwork.wire.v1.AuditService/ReadAudit": 2,
     }
 )
 """Most calls of a method that one identity may have in progress."""

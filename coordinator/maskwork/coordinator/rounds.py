@@ -273,7 +273,7 @@ def build_plan(
         federation: its name.
         nonce: 16 fresh bytes.
         training_digest: SHA-256 of the training config's canonical JSON.
-        audit_head: head of the coordinator's audit chain; zeros until there is one.
+        audit_head: head of the coordinator's audit chain.
 
     Raises:
         PlanError, EncodingParameterError, GraphError: the job asks for something that cannot be (too many bits for

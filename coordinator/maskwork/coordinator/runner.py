@@ -18,6 +18,7 @@ import structlog
 from maskwork import job_events as events
 from maskwork.coordinator import aggregation, rounds
 from maskwork.coordinator.aggregation import Release, ReleaseRequest
+from maskwork.coordinator.audit import Trail
 from maskwork.coordinator.board import EventBoard
 from maskwork.coordinator.models import ModelStore
 from maskwork.coordinator.peers import Peer
@@ -67,6 +68,7 @@ class Surroundings:
     models: ModelStore
     worker: Worker
     board: EventBoard
+    audit: Trail
     peers: Mapping[str, Peer]
     clock: Callable[[], float]
     ticks: Callable[[], float]
@@ -183,8 +185,11 @@ class SessionRunner:
         peer = self._peer(member)
         if peer is None:
             return  # away: it is told again when it comes back
-        response = self.session.opening() if isinstance(message, Proposal) else message
+        response = self._offer(peer) if isinstance(message, Proposal) else message
         peer.send(codec.encode_response(self.session.id, response, self.session.plan.cohort))
+
+    def _offer(self, peer: Peer) -> codec.OpenSession:
+        return self._around.audit.shown(self.session.opening(), peer.audit_size)
 
     def _grant(self, member: int) -> None:
         if ("grant", member) not in self.session.timers:  # asking again buys no time: others wait for the slot
@@ -204,7 +209,14 @@ class SessionRunner:
         dropped = any(isinstance(e, core.DropPeer) and e.member == event.sender for e in following.effects)
         if not dropped and event.sender in server.outstanding(before):
             name = self.session.name(event.sender)
+            self._keeps_our_head(event.sender, stage)
             self._publish(events.Answered(*self._when(), stage=stage.value, participant=name))
+
+    def _keeps_our_head(self, member: int, stage: core.Stage) -> None:
+        """A site that takes a plan up has written down the head in it: next time it is shown what follows that one."""
+        peer, size = self._peer(member), self._around.audit.size_of(self.session.plan.audit_head)
+        if stage is core.Stage.ADVERTISE_KEYS and peer is not None and size is not None:
+            peer.audit_size = size
 
     def _stage_opened(self, stage: core.Stage, expected: Members) -> None:
         session = self.session

@@ -11,12 +11,16 @@ import os
 import resource
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from maskwork.audit.records import Service
+from maskwork.coordinator.audit import LOG_NAME, Trail
+from maskwork.coordinator.audit_service import AuditService
+from maskwork.coordinator.audit_store import AuditedStore
 from maskwork.coordinator.config import CoordinatorConfig
 from maskwork.coordinator.driver import Driver
 from maskwork.coordinator.guard import Guard
@@ -24,7 +28,6 @@ from maskwork.coordinator.job_runner import Federation
 from maskwork.coordinator.jobs import JobDesk
 from maskwork.coordinator.models import ModelStore
 from maskwork.coordinator.service import FederationService, JobService
-from maskwork.coordinator.store import Store
 from maskwork.database import world_failures
 from maskwork.errors import UserError
 from maskwork.net.diagnosis import check_own_files, load_private_key
@@ -32,7 +35,14 @@ from maskwork.net.identity import IdentityFiles, Role, TrustRoots, load_certific
 from maskwork.net.tls import SERVER_OPTIONS, server_credentials
 from maskwork.secagg.keys import SoftwareSigner
 from maskwork.stopping import Stop
-from maskwork.wire.v1 import federation_pb2, federation_pb2_grpc, jobs_pb2, jobs_pb2_grpc
+from maskwork.wire.v1 import (
+    audit_pb2,
+    audit_pb2_grpc,
+    federation_pb2,
+    federation_pb2_grpc,
+    jobs_pb2,
+    jobs_pb2_grpc,
+)
 from maskwork.worker import WorkerProcess
 
 import grpc  # isort: skip  # after maskwork.net.tls, which sets the TLS floor
@@ -65,6 +75,7 @@ async def serve(config: CoordinatorConfig) -> None:
             loop_task.cancel()
             await asyncio.wait({loop_task})  # what it was doing is over before anything else changes the session
             await driver.stop()
+            driver.audit.write(Service(event="stopped"))
         finally:
             stopped.cancel()
             driver.hang_up()
@@ -82,7 +93,11 @@ async def running(config: CoordinatorConfig) -> AsyncIterator[tuple[Driver, str]
     with world_failures(str(sessions)):
         sessions.mkdir(parents=True, exist_ok=True)
     models = ModelStore(config.state / "models")
-    with Store.open(config.database_url) as store:
+    trail = Trail.open(
+        config.state / LOG_NAME, federation=federation.name, certificate=own.der, signer=federation.signer
+    )
+    with closing(trail), AuditedStore.open(config.database_url) as store:
+        store.follow(trail)
         async with WorkerProcess(name="aggregation", preload=("maskwork.coordinator.aggregation",)) as worker:
             driver = Driver(
                 federation=federation,
@@ -91,6 +106,7 @@ async def running(config: CoordinatorConfig) -> AsyncIterator[tuple[Driver, str]
                 worker=worker,
                 sessions=sessions,
                 max_uploads=config.max_uploads,
+                audit=trail,
             )
             desk = JobDesk(
                 store=store,
@@ -103,7 +119,7 @@ async def running(config: CoordinatorConfig) -> AsyncIterator[tuple[Driver, str]
                 interceptors=[Guard(roots, federation.name, stall_s=config.stall_s)],
                 options=(*SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", config.max_connections)),
             )
-            _register(server, driver, desk, max_downloads=config.max_downloads)
+            _register(server, driver, desk, trail, max_downloads=config.max_downloads)
             address = _bind(server, config.listen, files)
             await server.start()
             counting = asyncio.create_task(_tell_of_connections(config.max_connections))
@@ -143,15 +159,17 @@ def _open_sockets() -> int:
     return found
 
 
-def _register(server: grpc.aio.Server, driver: Driver, desk: JobDesk, *, max_downloads: int) -> None:
+def _register(server: grpc.aio.Server, driver: Driver, desk: JobDesk, trail: Trail, *, max_downloads: int) -> None:
     federation_pb2_grpc.add_FederationServiceServicer_to_server(
         FederationService(driver, max_downloads=max_downloads), server
     )
-    jobs_pb2_grpc.add_JobServiceServicer_to_server(JobService(driver, desk), server)
+    jobs_pb2_grpc.add_JobServiceServicer_to_server(JobService(driver, desk, trail), server)
+    audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditService(trail), server)
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
     names = (
         federation_pb2.DESCRIPTOR.services_by_name["FederationService"].full_name,
         jobs_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
+        audit_pb2.DESCRIPTOR.services_by_name["AuditService"].full_name,
         health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
         reflection.SERVICE_NAME,
     )

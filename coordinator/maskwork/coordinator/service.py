@@ -15,6 +15,7 @@ from pathlib import Path
 
 import structlog
 
+from maskwork.coordinator.audit import Trail
 from maskwork.coordinator.driver import Driver
 from maskwork.coordinator.guard import MAX_DETAIL_LOGGED, caller
 from maskwork.coordinator.happenings import (
@@ -95,7 +96,7 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
             raise Refused(Refusal.NOT_NOW, f"this coordinator speaks protocol versions {VERSIONS}")
         certificate = caller()
         site = PresentSite(certificate.name, certificate.fingerprint, frozenset(hello.tasks))
-        return Peer(site, certificate.der, hello.active_session)
+        return Peer(site, certificate.der, hello.active_session, hello.audit_size)
 
     async def _read(self, peer: Peer, requests: AsyncIterator[federation_pb2.ConnectRequest]) -> None:
         try:
@@ -183,9 +184,10 @@ def _pieces(source: Path | bytes, offset: int) -> Iterator[tuple[int, bytes]]:
 class JobService(jobs_pb2_grpc.JobServiceServicer):
     """What operators, researchers and auditors call."""
 
-    def __init__(self, driver: Driver, desk: JobDesk) -> None:
+    def __init__(self, driver: Driver, desk: JobDesk, trail: Trail) -> None:
         self._driver = driver
         self._desk = desk
+        self._trail = trail
 
     async def SubmitJob(
         self,
@@ -204,6 +206,7 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
             _model_chunks(requests),
             submitted_by=caller().identity.uri,
         )
+        self._trail.asked_for("submit", caller(), job=submitted.job_id, model=submitted.model_digest)
         await self._driver.post(Look())
         return jobs_pb2.SubmitJobResponse(job_id=submitted.job_id)
 
@@ -238,6 +241,8 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
         context: grpc.aio.ServicerContext[jobs_pb2.AbortJobRequest, jobs_pb2.AbortJobResponse],
     ) -> jobs_pb2.AbortJobResponse:
         """End a job; what is committed stays."""
+        self._desk.details(request.job_id)  # a job that is not there is nobody's action
+        self._trail.asked_for("abort", caller(), job=request.job_id)
         done = asyncio.get_running_loop().create_future()
         await self._driver.post(JobAborted(request.job_id, caller().identity.uri, done))
         async with asyncio.timeout(ABORT_WAIT_S):
@@ -253,6 +258,7 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
     ) -> AsyncIterator[jobs_pb2.ExportModelResponse]:
         """A committed model, in chunks."""
         digest, path = self._desk.model(request.job_id, request.round_number)
+        self._trail.asked_for("export", caller(), job=request.job_id, round_number=request.round_number, model=digest)
         size = path.stat().st_size
         with path.open("rb") as file:
             while data := file.read(CHUNK_BYTES):

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from sqlalchemy import Engine, Select, make_url, select
 from sqlalchemy.exc import ArgumentError
@@ -60,7 +61,7 @@ class Store:
         self._clock = clock
 
     @classmethod
-    def open(cls, url: str, *, busy_timeout_s: float = 5.0, clock: Callable[[], float] = time.time) -> "Store":
+    def open(cls, url: str, *, busy_timeout_s: float = 5.0, clock: Callable[[], float] = time.time) -> Self:
         """Open the database at `url`, creating or migrating it as needed.
 
         Args:
@@ -85,7 +86,7 @@ class Store:
         _unlock(self._lock)
         self._lock = None
 
-    def __enter__(self) -> "Store":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

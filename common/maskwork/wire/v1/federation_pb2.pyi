@@ -155,7 +155,10 @@ class Hello(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     SOFTWARE_FIELD_NUMBER: _builtins.int
     TASKS_FIELD_NUMBER: _builtins.int
+    AUDIT_SIZE_FIELD_NUMBER: _builtins.int
     software: _builtins.str
+    audit_size: _builtins.int
+    """Records under the head of the coordinator's audit chain that the participant keeps; 0: none."""
     @_builtins.property
     def versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Protocol versions that the participant speaks, best first."""
@@ -170,10 +173,11 @@ class Hello(_message.Message):
         versions: _abc.Iterable[_builtins.int] | None = ...,
         software: _builtins.str = ...,
         tasks: _abc.Iterable[_builtins.str] | None = ...,
+        audit_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["software", b"software", "tasks", b"tasks", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_size", b"audit_size", "software", b"software", "tasks", b"tasks", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

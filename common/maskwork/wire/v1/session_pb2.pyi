@@ -251,6 +251,7 @@ class OpenSession(_message.Message):
     MODEL_SIZE_FIELD_NUMBER: _builtins.int
     CERTIFICATES_DIGEST_FIELD_NUMBER: _builtins.int
     CERTIFICATES_SIZE_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
     plan: _builtins.bytes
     signature: _builtins.bytes
     training_config: _builtins.bytes
@@ -259,6 +260,10 @@ class OpenSession(_message.Message):
     certificates_digest: _builtins.bytes
     """SHA-256 of the roster's certificates (each preceded by its length in four big-endian bytes, in roster order)."""
     certificates_size: _builtins.int
+    @_builtins.property
+    def history(self) -> Global___ShownHistory:
+        """That the plan's audit_head extends the head that this participant keeps."""
+
     def __init__(
         self,
         *,
@@ -268,14 +273,53 @@ class OpenSession(_message.Message):
         model_size: _builtins.int = ...,
         certificates_digest: _builtins.bytes = ...,
         certificates_size: _builtins.int = ...,
+        history: Global___ShownHistory | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["history", b"history"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificates_digest", b"certificates_digest", "certificates_size", b"certificates_size", "model_size", b"model_size", "plan", b"plan", "signature", b"signature", "training_config", b"training_config"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificates_digest", b"certificates_digest", "certificates_size", b"certificates_size", "history", b"history", "model_size", b"model_size", "plan", b"plan", "signature", b"signature", "training_config", b"training_config"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OpenSession: _TypeAlias = OpenSession  # noqa: Y015
+
+@_typing.final
+class ShownHistory(_message.Message):
+    """The coordinator's audit chain, from the head that a participant keeps to the one that a plan names."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    DIGESTS_DIGEST_FIELD_NUMBER: _builtins.int
+    size: _builtins.int
+    """Records under the plan's audit_head."""
+    signature: _builtins.bytes
+    """By the key that signs plans, over the federation, the size and the head."""
+    since: _builtins.int
+    """Records under the head that the participant keeps, as it said."""
+    digests: _builtins.bytes
+    """SHA-256 of each record from `since` on, one after the other, unless they are more than fit."""
+    digests_digest: _builtins.bytes
+    """In their place: SHA-256 of all those digests, to be fetched with Download."""
+    def __init__(
+        self,
+        *,
+        size: _builtins.int = ...,
+        signature: _builtins.bytes = ...,
+        since: _builtins.int = ...,
+        digests: _builtins.bytes = ...,
+        digests_digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "digests_digest", b"digests_digest", "signature", b"signature", "since", b"since", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShownHistory: _TypeAlias = ShownHistory  # noqa: Y015
 
 @_typing.final
 class Advertisement(_message.Message):
