@@ -106,6 +106,7 @@ class CoordinatorLink:
         active_session: Callable[[], bytes],
         inbox: asyncio.Queue[object],
         stall_s: float = STALL_S,
+        audit_size: Callable[[], int] = lambda: 0,
     ) -> None:
         self._target = target
         self._files = files
@@ -115,6 +116,7 @@ class CoordinatorLink:
         self._active_session = active_session
         self._inbox = inbox
         self._stall_s = stall_s
+        self._audit_size = audit_size
         self._greeted = False
         self._down = asyncio.Event()
         self._calls: _Calls | None = None
@@ -220,7 +222,7 @@ class CoordinatorLink:
         ) as channel:
             calls = _Calls(channel)
             outbox: asyncio.Queue[federation_pb2.ConnectRequest | None] = asyncio.Queue()
-            hello = Hello((1,), "maskwork", self._tasks, self._active_session())
+            hello = Hello((1,), "maskwork", self._tasks, self._active_session(), self._audit_size())
             outbox.put_nowait(codec.encode_request(hello.active_session, hello))
             responses = aiter(calls.connect(_requests(outbox)))
             async with asyncio.timeout(WELCOME_TIMEOUT_S):

@@ -9,12 +9,14 @@ from typing import Annotated
 import typer
 
 from maskwork import logs
+from maskwork.participant.audit_commands import accept_history
 from maskwork.participant.config import read_config
 from maskwork.participant.policy_commands import check_policy, plans
 
 app = typer.Typer(help="Run a site's participant.", no_args_is_help=True)
 app.command("check-policy")(check_policy)
 app.command("plans")(plans)
+app.command("accept-history")(accept_history)
 
 
 @app.callback()

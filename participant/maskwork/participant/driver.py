@@ -18,10 +18,12 @@ from typing import BinaryIO, assert_never
 
 import structlog
 
+from maskwork.audit.records import Sent
 from maskwork.errors import StorageUnavailable, UserError, storage_unavailable
 from maskwork.net.identity import VerifiedCertificate
 from maskwork.participant import room, training_calls
 from maskwork.participant.agent import check_offer, check_policy
+from maskwork.participant.audit import SiteTrail
 from maskwork.participant.client import LinkDown, LinkUp, Said, TransferError
 from maskwork.participant.coming_back import ComingBack
 from maskwork.participant.config import TaskConfig
@@ -78,9 +80,13 @@ class Driver:
         clock: Callable[[], float] = time.time,
         entropy: Callable[[int], bytes] = os.urandom,
         pause: room.Pause = asyncio.sleep,
+        audit: SiteTrail | None = None,
     ) -> None:
         self._identity = identity
         self._ledger = ledger
+        self._audit = audit or SiteTrail.in_memory(
+            federation=identity.federation, certificate=b"", signer=identity.signer, clock=clock
+        )
         self._policy = policy
         self._seed = seed
         self._scratch = scratch
@@ -226,6 +232,7 @@ class Driver:
                 rounds_taken=self._ledger.rounds_taken(self._identity.federation, plan.job),
                 now=self._clock(),
             )
+            self._audit.check(session, offer, self._coordinator.public_key)
         except PlanRefused as refused:
             self._decline(session, offer.proposal, refused)
             return
@@ -247,7 +254,7 @@ class Driver:
         plan = proposal.plan
         log.warning("plan declined", job=plan.job, round=plan.round_number, code=refused.code, detail=refused.detail)
         self._send(session, Decline(refused.code, refused.detail[:500]))
-        self._ledger.record_refused_plan(
+        kept = self._ledger.record_refused_plan(
             SignedPlan(
                 plan.federation,
                 plan.job,
@@ -262,15 +269,20 @@ class Driver:
         )
         if refused.code is DeclineCode.PAUSED:  # the policy's hours, and nothing else, speak against it
             self._coming_back.when_hours_begin()
+        if kept and self._coordinator is not None:
+            self._audit.declined(session, proposal, refused, self._coordinator.der)
 
     async def _fetch(self, work: Work) -> None:
         assert self.link is not None
         offer, bundle = work.offer, work.folder / "certificates"
+        shown, history = offer.history, work.folder / "history"
         tries = 0
         while True:
             try:
                 model_digest = await self.link.download(work.plan.model_digest, offer.model_size, work.model)
                 await self.link.download(offer.certificates_digest, offer.certificates_size, bundle)
+                if shown.digests_digest:
+                    await self.link.download(shown.digests_digest, shown.tail_bytes, history)
                 break
             except TransferError as error:
                 log.warning("download interrupted", detail=str(error))
@@ -282,11 +294,16 @@ class Driver:
                     raise
                 await asyncio.sleep(DOWNLOAD_PAUSE_S * 2 ** (tries - 1))
         certificates = codec.decode_certificates(bundle.read_bytes(), offer.certificates_digest, work.plan.cohort)
-        await self.inbox.put(Fetched(work, model_digest, certificates))
+        refused = await self._audit.check_fetched(work.id, offer, history) if shown.digests_digest else None
+        await self.inbox.put(Fetched(work, model_digest, certificates, refused))
 
     def _fetched(self, fetched: Fetched) -> None:
         work = fetched.work
         if work is not self._work or self._coordinator is None:
+            return
+        if fetched.refused is not None:
+            self._decline(work.id, work.offer.proposal, fetched.refused)
+            self._end()
             return
         plan, identity = work.plan, self._identity
         site = core.Site(
@@ -339,6 +356,7 @@ class Driver:
                 case core.RecordRelease():
                     self._record_release(work, effect)
                 case core.Send(message):
+                    self._audit.sending(work.id, message, step.state)
                     self._send(work.id, message)
                 case core.StartTraining():
                     self._spawn(work, self._train(work), AbortReason.TRAINING_FAILED)
@@ -364,6 +382,10 @@ class Driver:
             plan_signature=record.plan_signature,
             at=self._clock(),
         )
+        assert self._coordinator is not None
+        self._audit.accepted(work.id, work.offer, self._coordinator.der)
+        if work.offer.history.size:
+            self._ledger.record_audit_head(plan.federation, plan.audit_head)
 
     def _record_release(self, work: Work, record: core.RecordRelease) -> None:
         self._ledger.record_release(
@@ -374,6 +396,8 @@ class Driver:
             survivors=record.survivors,
             at=self._clock(),
         )
+        assert work.state is not None
+        self._audit.releasing(record, work.state)
 
     def _fail(self, reason: AbortReason, detail: str) -> None:
         work = self._work
@@ -396,6 +420,7 @@ class Driver:
         work, self._work = self._work, None
         if work is None:
             return
+        self._audit.ended(work.id, work.state)
         for task in work.tasks:
             task.cancel()  # a call that the worker is in the middle of ends the worker
         if work.state is not None:  # training was begun: the worker may hold an update
@@ -465,6 +490,7 @@ class Driver:
         path = work.folder / "update"
         try:
             work.update, work.statistics = path.open("rb", buffering=0), masked.result.statistics
+            work.update_sent = Sent(bytes=masked.result.update_bytes, digest=masked.result.digest)
         except OSError as error:
             self._fail(AbortReason.STORAGE_FAILED, str(storage_unavailable(error, file=path) or error))
             return
@@ -482,6 +508,7 @@ class Driver:
         if work.uploading or work.update is None or not isinstance(work.state, core.Uploading):
             return
         work.uploading = True
+        self._audit.uploading(work.id, update=work.update_sent, statistics=work.statistics)
         self._spawn(work, self._upload(work, work.update, offsets), AbortReason.CANCELLED)
 
     async def _upload(self, work: Work, update: BinaryIO, offsets: tuple[int, int]) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
+from contextlib import closing
 
 import structlog
 
 from maskwork.net.diagnosis import check_own_files, load_private_key
 from maskwork.net.identity import IdentityFiles, ParticipantVerifier, Role, TrustRoots
+from maskwork.participant.audit_commands import open_trail
 from maskwork.participant.client import CoordinatorLink
 from maskwork.participant.config import ParticipantConfig
 from maskwork.participant.driver import Driver
@@ -38,7 +40,7 @@ async def participate(config: ParticipantConfig) -> None:
     federation = own.identity.federation
     policy = Policy() if config.policy is None else read_policy(config.policy)
     scratch = config.state / "scratch"
-    with Ledger.open(config.state) as ledger:
+    with Ledger.open(config.state) as ledger, closing(open_trail(config, ledger)) as trail:
         shutil.rmtree(scratch, ignore_errors=True)  # of a process that is gone: sessions do not outlive it
         identity = SiteIdentity(
             federation,
@@ -48,7 +50,13 @@ async def participate(config: ParticipantConfig) -> None:
             ParticipantVerifier(roots, federation),
         )
         driver = Driver(
-            identity=identity, ledger=ledger, policy=policy, tasks=config.tasks, seed=config.seed, scratch=scratch
+            identity=identity,
+            ledger=ledger,
+            policy=policy,
+            tasks=config.tasks,
+            seed=config.seed,
+            scratch=scratch,
+            audit=trail,
         )
         link = CoordinatorLink(
             config.coordinator,
@@ -58,6 +66,7 @@ async def participate(config: ParticipantConfig) -> None:
             tasks=tuple(sorted(config.tasks)),
             active_session=driver.active_session,
             inbox=driver.inbox,
+            audit_size=lambda: trail.kept_size,
         )
         driver.link = link
         await _run(driver, link)

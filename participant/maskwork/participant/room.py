@@ -33,7 +33,8 @@ def needed_for(offer: OpenSession) -> int:
     """Bytes that a session takes in `scratch`."""
     plan = offer.proposal.plan
     update = packed_size(plan.parameters, plan.encoding.ring_bits)
-    return offer.model_size + offer.certificates_size + update + FOR_THE_LEDGER
+    history = offer.history.tail_bytes if offer.history.digests_digest else 0
+    return offer.model_size + offer.certificates_size + history + update + FOR_THE_LEDGER
 
 
 def make_room(folder: Path, needed: int) -> None:

@@ -13,6 +13,7 @@ Rules it upholds:
 4. NaN and infinity are refused with the tensor's name, before an update exists.
 """
 
+import hashlib
 import os
 import random
 import time
@@ -320,7 +321,7 @@ def mask(request: MaskRequest) -> MaskResult:
     except BaseException:
         request.output.unlink(missing_ok=True)
         raise
-    return MaskResult(size, statistics, clamped)
+    return MaskResult(size, statistics, clamped, hashlib.sha256(packed.data).digest())
 
 
 def discard(session_id: bytes) -> None:

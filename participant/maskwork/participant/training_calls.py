@@ -116,11 +116,13 @@ class MaskResult:
         update_bytes: Length of the file at `MaskRequest.output`.
         statistics: The masked statistics, eight bytes each.
         clamped: How many coordinates were clamped; for this site's eyes.
+        digest: SHA-256 of the file, for the site's audit log.
     """
 
     update_bytes: int
     statistics: bytes = field(repr=False)
     clamped: int
+    digest: bytes = b""
 
 
 def configure(import_path: str, options: Mapping[str, object], threads: int = 1) -> TaskInfo:

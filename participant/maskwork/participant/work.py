@@ -12,13 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, Protocol, TypeAlias, TypeVar
 
+from maskwork.audit.records import Sent
 from maskwork.net.identity import ParticipantVerifier
 from maskwork.participant import training_calls
 from maskwork.participant.client import LinkDown, LinkUp, Said
 from maskwork.participant.config import TaskConfig
 from maskwork.participant.training_calls import MaskResult, TrainSummary
 from maskwork.secagg import client_states as core
-from maskwork.secagg.errors import AbortReason
+from maskwork.secagg.errors import AbortReason, PlanRefused
 from maskwork.secagg.keys import Signer
 from maskwork.secagg.masking import MaskingKeys
 from maskwork.secagg.plan import RoundPlan
@@ -27,14 +28,17 @@ from maskwork.wire import codec
 from maskwork.wire.codec import OpenSession
 from maskwork.worker import WorkerProcess
 
+NOTHING = Sent(bytes=0)
+
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """The model and the certificates of an offer are here."""
+    """The model and the certificates of an offer are here; `refused` says what was found wrong with the rest."""
 
     work: Work
     model_digest: bytes
     certificates: tuple[bytes, ...] = field(repr=False)
+    refused: PlanRefused | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,7 @@ class Work:
         trained: whether the update can be masked.
         mask_keys: once the shares were checked.
         update: the masked update's file, which has no name any more.
+        update_sent: its length and digest, for the audit log.
         interrupted: how often an upload broke; the pause before the next one grows with it.
     """
 
@@ -97,6 +102,7 @@ class Work:
     trained: bool = False
     mask_keys: MaskingKeys | None = field(default=None, repr=False)
     update: BinaryIO | None = None
+    update_sent: Sent = NOTHING
     statistics: bytes = field(default=b"", repr=False)
     uploading: bool = False
     interrupted: int = 0
