@@ -10,6 +10,8 @@ Counts as a failure, and raises `Violation`:
   5. A site takes up a (round, attempt) not above its highest, or answers for two survivor sets on one model.
   6. A process ends with an error, or a background task does.
   7. A job does not complete although faults have stopped (`world` checks that).
+  8. The audit logs of the coordinator and of every site do not verify, or contradict each other, or a site refused a
+     history although the coordinator has only one (`world` checks that too).
 
 Does not count: attempts that come to nothing, rounds that wait, a liar or its victim left out of a session.
 """

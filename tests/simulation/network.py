@@ -35,6 +35,7 @@ class Greeting:
     """Hello on its way up, Welcome on its way down."""
 
     active_session: bytes = b""
+    audit_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +115,8 @@ class Connection:
     def arrive(self, item: Item, member: Member, coordinator: CoordinatorProcess) -> None:
         """Something from the site reaches the coordinator."""
         match item:
-            case Greeting(active):
-                self.peer = FusedPeer(member.present(frozenset({TASK})), member.certificate, active)
+            case Greeting(active, audit_size):
+                self.peer = FusedPeer(member.present(frozenset({TASK})), member.certificate, active, audit_size)
                 self.peer.fuse, self.coordinator = coordinator.fuse, coordinator
                 self.channels[Channel.DOWN].append(Greeting())
                 self.pump = asyncio.get_running_loop().create_task(self._pump(coordinator, self.peer))

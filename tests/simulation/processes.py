@@ -23,10 +23,13 @@ from weakref import WeakSet
 
 from tests.simulation.identities import COORDINATOR_CERTIFICATE, COORDINATOR_SIGNER, FEDERATION, Member
 
+from maskwork.coordinator.audit import LOG_NAME as COORDINATOR_LOG_NAME
+from maskwork.coordinator.audit import Trail
+from maskwork.coordinator.audit_store import AuditedStore
 from maskwork.coordinator.driver import Driver as CoordinatorDriver
 from maskwork.coordinator.job_runner import Federation
 from maskwork.coordinator.models import ModelStore
-from maskwork.coordinator.store import Store
+from maskwork.participant.audit import LOG_NAME, SiteTrail, is_held
 from maskwork.participant.config import TaskConfig
 from maskwork.participant.driver import Driver as SiteDriver
 from maskwork.participant.ledger import Ledger
@@ -220,6 +223,18 @@ class Observer(Protocol):
         ...
 
 
+def open_trail(folder: Path, clock: Callable[[], float]) -> Trail:
+    """The coordinator's audit log; what is killed here is a process, not the machine, so nothing need be synced."""
+    return Trail.open(
+        folder / COORDINATOR_LOG_NAME,
+        federation=FEDERATION,
+        certificate=COORDINATOR_CERTIFICATE,
+        signer=COORDINATOR_SIGNER,
+        clock=clock,
+        fsync=lambda _: None,
+    )
+
+
 @dataclass(eq=False)
 class CoordinatorProcess:
     """One life of the coordinator."""
@@ -236,7 +251,10 @@ class CoordinatorProcess:
         if not database.exists():
             shutil.copy(self.template, database)
         clock = lambda: EPOCH + loop.time()  # noqa: E731
-        self.store = Store.open(f"sqlite:///{database}", clock=clock)
+        self.trail = open_trail(self.folder, clock)
+        self.store = AuditedStore.open(f"sqlite:///{database}", clock=clock)
+        audit = fused(self.trail, self.fuse, lambda *_: None)
+        self.store.follow(audit)
         self.models = ModelStore(self.folder / "models", fsync=lambda _: None)
         self.worker = SimulatedWorker(self.observer.aggregate, self.fuse)
         sessions = self.folder / "sessions"
@@ -251,6 +269,7 @@ class CoordinatorProcess:
             clock=clock,
             ticks=loop.time,
             entropy=self.entropy,
+            audit=audit,
         )
         self.loop = self.fuse.start(self.driver.run())
 
@@ -260,6 +279,7 @@ class CoordinatorProcess:
         self.worker.vanish()
         self.driver.hang_up()
         self.store.close()
+        self.trail.close()
 
 
 @dataclass(eq=False)
@@ -284,6 +304,16 @@ class SiteProcess:
             shutil.copy(self.template, database)
         name, kept = self.member.name, set[bytes]()
         self.ledger = Ledger.open(self.folder)
+        self.trail = SiteTrail.open(
+            self.folder / LOG_NAME,
+            federation=FEDERATION,
+            certificate=self.member.certificate,
+            signer=self.member.signer,
+            clock=lambda: EPOCH + loop.time(),
+            fsync=lambda _: None,
+        )
+        must_hold = is_held(self.trail, self.ledger.last_audit_head(FEDERATION))
+        assert must_hold, "the site's log does not hold the head that its ledger knows"
         self.worker = SimulatedWorker(
             lambda function, arguments: self.observer.train(name, kept, function, arguments), self.fuse
         )
@@ -298,6 +328,7 @@ class SiteProcess:
             make_worker=lambda _name, _task: self.worker,
             clock=lambda: EPOCH + loop.time(),
             entropy=self.entropy,
+            audit=fused(self.trail, self.fuse, lambda *_: None),
         )
         self.driver.link = self.link
         self.loop = self.fuse.start(self._run())
@@ -311,3 +342,4 @@ class SiteProcess:
         self.fuse.end()
         self.worker.vanish()
         self.ledger.close()
+        self.trail.close()

@@ -11,14 +11,14 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from tests.simulation.identities import VERIFIED_COORDINATOR, Member, member
+from tests.simulation.identities import ROOTS, VERIFIED_COORDINATOR, Member, member
 from tests.simulation.invariants import WEIGHT_CAP, Violation, Watch, must
 from tests.simulation.lies import lie_down, lie_up
 from tests.simulation.network import Connection, Gone, Greeting, SimulatedLink, Upload
@@ -31,11 +31,15 @@ from tests.simulation.processes import (
     Fuse,
     Killed,
     SiteProcess,
+    open_trail,
     task_of_a_process,
 )
 from tests.simulation.virtual_loop import VirtualLoop
 
 from maskwork import job_events as events
+from maskwork.audit.reading import Judged, judge
+from maskwork.coordinator.audit import LOG_NAME
+from maskwork.coordinator.audit_store import AuditedStore
 from maskwork.coordinator.models import ModelStore
 from maskwork.coordinator.records import AttemptOutcome, JobRecord, JobState
 from maskwork.coordinator.store import Store
@@ -122,6 +126,8 @@ class World:
         self._over: asyncio.Event
         self._ended: list[tuple[int, AttemptOutcome]] = []
         self._failure: Violation | None = None
+        self.judged: Judged
+        self.logs: dict[str, bytes] = {}
 
     # --- running ----------------------------------------------------------------------------------------------------
 
@@ -132,6 +138,11 @@ class World:
             self.loop.run_until_complete(self._live())
         finally:
             self._tear_down()
+        wrong = [str(problem) for problem in self.judged.problems]
+        must(
+            not wrong and not self.judged.notes,
+            f"an audit log does not tell what happened: {wrong[:5]} {self.judged.notes[:5]}",
+        )
         return self
 
     async def _live(self) -> None:
@@ -179,6 +190,9 @@ class World:
         with suppress(BaseException):
             self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         self.loop.close()
+        self.logs = {p.member.name: (p.folder / LOG_NAME).read_bytes() for p in self.places.values()}
+        self.logs[COORDINATOR] = (self._home / LOG_NAME).read_bytes()
+        self.judged = judge(self._home / LOG_NAME, ROOTS, [place.folder / LOG_NAME for place in self.places.values()])
         shutil.rmtree(self._home, ignore_errors=True)
 
     # --- what can be seen -------------------------------------------------------------------------------------------
@@ -314,7 +328,8 @@ class World:
             if self.coordinator is None or (newest is not None and not newest.broken):
                 return
             connection = Connection(place.member.name)
-            connection.channels[Channel.UP].append(Greeting(place.process.driver.active_session()))
+            hello = Greeting(place.process.driver.active_session(), place.process.trail.kept_size)
+            connection.channels[Channel.UP].append(hello)
             place.connections = [*(c for c in place.connections if not c.over), connection]
 
     def _transfer(self, place: Place, op: Op) -> None:
@@ -438,7 +453,11 @@ class World:
             ),
         )
         shutil.copy(coordinator_template(), self._home / "coordinator.sqlite")
-        with Store.open(f"sqlite:///{self._home}/coordinator.sqlite") as store:
+        with (
+            closing(open_trail(self._home, lambda: EPOCH)) as trail,
+            AuditedStore.open(f"sqlite:///{self._home}/coordinator.sqlite") as store,
+        ):
+            store.follow(trail)
             store.add_job(
                 JobRecord(
                     job_id=JOB,

@@ -52,7 +52,8 @@ def _heads(chain: Chain, site: Chain, facts: SiteFacts) -> Iterator[Problem]:
         found = _first_other(chain, kept)
         if found is None:
             if kept.size > chain.size:
-                what = f"the log ends here; {name} holds a signed head of {kept.size} records: it was cut off"
+                most = max(other.size for at, other in facts.heads if at >= index)
+                what = f"the log ends here; {name} holds a signed head of {most} records: it was cut off"
                 yield Problem(chain.size, "", what)
                 return
             if chain.heads[kept.size] == kept.head:

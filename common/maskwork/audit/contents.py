@@ -256,7 +256,8 @@ class _Examining:
         record = entry.record
         assert isinstance(record, Plan)
         plan = decoded_plan(record, self._federation, [key for _, key in self._chain.owner_keys])
-        if record.audit_size > entry.index or self._chain.heads[record.audit_size] != plan.audit_head:
+        at = record.audit_size
+        if at > entry.index or at >= len(self._chain.heads) or self._chain.heads[at] != plan.audit_head:
             raise Contradiction(f"the plan names a head that this log did not have at {record.audit_size} records")
         job = self.facts.jobs.get(plan.job)
         if job is None:
