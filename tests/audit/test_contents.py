@@ -25,6 +25,8 @@ from maskwork.audit.records import (
     Record,
     Released,
     RolledBack,
+    Sent,
+    SessionEnded,
     SetsSigned,
     Survivors,
 )
@@ -253,6 +255,7 @@ SITE_LIES: dict[str, tuple[Callable[[Records], None], str, str]] = {
     "released": (changed_site("released", survivors=("site-1",)), "released", "not those that this site signed"),
     "released-model": (changed_site("released", model=OTHER), "released", "not about the model of the plan"),
     "released-few": (changed_site("released", signatures={}), "released", "0 signatures were verified"),
+    "sent-unknown": (changed_site("sent", session=OTHER), "sent", "no plan of session"),
     "released-unknown": (changed_site("released", session=OTHER), "released", "no plan of session"),
 }
 
@@ -272,11 +275,21 @@ def test_the_records_of_a_site_are_those_that_are_promised() -> None:
 
 
 def test_what_left_a_site_is_told_in_bytes_and_digests() -> None:
-    ended = next(e.record for e in map(decode_line, SITE) if e.kind == "session-ended")
-    left = ended.left  # type: ignore[attr-defined]
+    records = [e.record for e in map(decode_line, SITE)]
+    first = next(record.session for record in records if isinstance(record, Sent))
+    left = {record.what: record for record in records if isinstance(record, Sent) and record.session == first}
     assert set(left) == {"AdvertiseKeys", "ShareKeys", "ConsistencyCheck", "Unmask", "update", "statistics"}
     assert all(sent.bytes > 0 for sent in left.values())
     assert {len(sent.digest) for kind, sent in left.items() if kind != "update"} == {32}
+
+
+def test_what_left_a_site_that_was_killed_is_in_its_log_all_the_same(tmp_path: Path) -> None:
+    """Each message is written down before it leaves, not when the session ends."""
+    killed = recorded().sites["site-5"]
+    records = [e.record for e in map(decode_line, killed)]
+    (lost,) = [record.session for record in records if isinstance(record, SessionEnded) and record.outcome == "lost"]
+    assert "AdvertiseKeys" in {record.what for record in records if isinstance(record, Sent) and record.session == lost}
+    assert judged(tmp_path, killed).problems == []
 
 
 def test_a_drop_says_why() -> None:

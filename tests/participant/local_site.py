@@ -20,6 +20,7 @@ from tests.secagg.cohort import make_plan
 
 from maskwork.net.authority import Authority, IssuedIdentity
 from maskwork.net.identity import ParticipantVerifier, Role, fingerprint, to_der
+from maskwork.participant.audit import SiteTrail
 from maskwork.participant.client import LinkDown, LinkUp, Said, TransferError
 from maskwork.participant.config import TaskConfig
 from maskwork.participant.driver import Driver
@@ -189,6 +190,7 @@ class Table:
         *,
         pause: Pause = asyncio.sleep,
         clock: Callable[[], float] = lambda: NOW,
+        audit: SiteTrail | None = None,
     ) -> None:
         self.folder = folder
         self.worker = FakeWorker()
@@ -213,6 +215,7 @@ class Table:
             clock=clock,
             entropy=lambda length: hashlib.shake_256(b"entropy").digest(length),
             pause=pause,
+            audit=audit,
         )
         self.driver.link = self.link
         model = folder / "model.safetensors"

@@ -13,7 +13,7 @@ from maskwork.audit.report import Round
 
 CELL = 22
 LABEL = 150
-WIDTH, HEIGHT, MARGIN = 640, 180, 42
+WIDTH, HEIGHT, MARGIN = 640, 180, 72
 _TEXT = 'font-size="11" fill="#333" font-family="system-ui, sans-serif"'
 
 
@@ -68,7 +68,7 @@ def course(rounds: Sequence[Round], statistic: str) -> str:
     for (x, _), (number, _) in list(zip(placed, points, strict=True))[::step]:
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle" {_TEXT}>{number}</text>')
     for value, y in ((high, 28.0), (low, HEIGHT - 28.0)) if high > low else ((low, HEIGHT - 28.0),):
-        parts.append(f'<text x="{MARGIN - 8}" y="{y + 4}" text-anchor="end" {_TEXT}>{value:.3g}</text>')
+        parts.append(f'<text x="{MARGIN - 8}" y="{y + 4}" text-anchor="end" {_TEXT}>{value:.5g}</text>')
     parts.append(f'<text x="{MARGIN}" y="14" {_TEXT} font-weight="600">{escape(statistic)}</text>')
     return _svg(WIDTH, HEIGHT, f"{statistic} by round", parts)
 

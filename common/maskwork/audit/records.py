@@ -465,29 +465,41 @@ class Released(Record):
         return (self.KIND, self.session.hex())
 
 
-class Sent(BaseModel):
-    """How many bytes of one kind left, and the SHA-256 of the last such message; empty where nothing was hashed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    bytes: Count
-    digest: Hex = b""
-
-
-class SessionEnded(Record):
-    """A session is over for the site: how, and everything that left for it.
+class Sent(Record):
+    """Something leaves the site: its kind, how many bytes, and their SHA-256. Written before it is sent.
 
     Attributes:
         session: the session.
-        outcome: "released", "closed", "aborted" or "declined".
+        what: the kind of message; "update" and "statistics" are the two segments of the masked upload.
+        bytes: how many.
+        digest: of those bytes; empty if they were not hashed.
+    """
+
+    KIND = "sent"
+    session: Digest
+    what: str
+    bytes: Count
+    digest: Hex
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The same bytes sent again are not another message."""
+        return (self.KIND, self.session.hex(), self.what, self.digest.hex())
+
+
+class SessionEnded(Record):
+    """A session is over for the site.
+
+    Attributes:
+        session: the session.
+        outcome: "released", "closed", "aborted", or "lost" if the agent did not live to see the end.
         detail: why.
-        left: by kind of message, "update" and "statistics" being the two segments of the masked upload.
     """
 
     KIND = "session-ended"
     session: Digest
     outcome: str
     detail: str
-    left: dict[str, Sent]
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -520,6 +532,7 @@ KINDS: Final[dict[str, type[Record]]] = {
         ModelReceived,
         SetsSigned,
         Released,
+        Sent,
         SessionEnded,
     )
 }

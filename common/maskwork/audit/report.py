@@ -267,10 +267,9 @@ def _left(job: JobFacts, job_id: str, sites: list[SiteLog]) -> Iterator[Left]:
 
 def _left_by_log(name: str, job_id: str, site: SiteLog) -> Left:
     total: dict[str, int] = {}
-    sessions = [s for s in site.facts.sessions.values() if s.plan.job == job_id and s.ended is not None]
-    for session in sessions:
-        for kind, sent in () if session.ended is None else session.ended.left.items():
-            total[kind] = total.get(kind, 0) + sent.bytes
+    sessions = [s for s in site.facts.sessions.values() if s.plan.job == job_id]
+    for sent in (sent for session in sessions for sent in session.sent):
+        total[sent.what] = total.get(sent.what, 0) + sent.bytes
     return Left(name, "the site's own log, each message with its SHA-256", len(sessions), total)
 
 
@@ -310,7 +309,7 @@ def _claims(judged: Judged, job_id: str, job: JobFacts) -> Iterator[Claim]:
     )
     yield _against(judged)
     yield _claim(
-        "Every plan was signed by the coordinator before anything was made for it, and names a head of this very log.",
+        "Every plan was signed by the coordinator, and names a head of this very log.",
         f"{len(sessions)} plans decoded, their signatures verified, their heads looked up in the chain",
         _problems(judged, sessions, "plan"),
     )

@@ -36,6 +36,7 @@ p.lead { color: #555; margin: 0 0 1rem; }
 table { border-collapse: collapse; width: 100%; margin: .3rem 0; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid #e3e3e3; }
 th { font-weight: 600; color: #555; font-size: .85rem; }
+td.name { white-space: nowrap; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 code { font: .82rem ui-monospace, monospace; overflow-wrap: anywhere; color: #444; }
 .mark { font-weight: 700; white-space: nowrap; } .holds { color: #2e7d4f; } .fails { color: #c0392b; }
@@ -108,6 +109,10 @@ def _cell(text: object) -> str:
     return f"<td>{escape(str(text))}</td>"
 
 
+def _name(text: str) -> str:
+    return f'<td class="name">{escape(text)}</td>'
+
+
 def _number(text: object) -> str:
     return f'<td class="number">{escape(str(text))}</td>'
 
@@ -155,7 +160,7 @@ def _members(members: Sequence[Member]) -> str:
         prints = "<br>".join(f"<code>{escape(f)}</code>" for f in member.fingerprints)
         rows.append(
             (
-                _cell(member.name),
+                _name(member.name),
                 _number(member.invited),
                 _number(member.survived),
                 f"<td>{out}</td>",
@@ -170,7 +175,8 @@ def _plots(rounds: Sequence[Round]) -> str:
         return ""
     names = [name for name in rounds[-1].statistics if any(name in r.statistics for r in rounds)]
     drawn = [plots.course(rounds, name) for name in names[:PLOTTED]]
-    return f'<div class="scroll">{plots.attendance(rounds)}</div><div>{"".join(drawn)}</div>'
+    legend = '<p class="small">green: in the sum; red: left out; grey: not asked</p>'
+    return f'<div class="scroll">{plots.attendance(rounds)}</div>{legend}<div>{"".join(drawn)}</div>'
 
 
 def _left(left: Sequence[Left]) -> str:
@@ -178,7 +184,7 @@ def _left(left: Sequence[Left]) -> str:
     for site in left:
         kinds = "<br>".join(f"{escape(kind)}: {size:,} bytes" for kind, size in sorted(site.bytes_by_kind.items()))
         what = f"<td>{kinds or 'nothing'}</td>"
-        rows.append((_cell(site.site), _number(site.sessions), what, f'<td class="small">{escape(site.source)}</td>'))
+        rows.append((_name(site.site), _number(site.sessions), what, f'<td class="small">{escape(site.source)}</td>'))
     return _table(("site", "sessions", "bytes that left", "according to"), rows)
 
 

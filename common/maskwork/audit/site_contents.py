@@ -24,6 +24,7 @@ from maskwork.audit.records import (
     Plan,
     PlanDeclined,
     Released,
+    Sent,
     SessionEnded,
     SetsSigned,
 )
@@ -44,6 +45,7 @@ class SiteSession:
     model: ModelReceived | None = None
     signed: SetsSigned | None = None
     released: Released | None = None
+    sent: list[Sent] = field(default_factory=list)
     ended: SessionEnded | None = None
 
 
@@ -97,6 +99,7 @@ class _Examining:
             ModelReceived: self._model,
             SetsSigned: self._sets,
             Released: self._released,
+            Sent: self._sent,
             SessionEnded: self._ended,
         }
 
@@ -213,6 +216,11 @@ class _Examining:
         signers = verified_signers(plan, record.session, sets, record.signatures, public_keys)
         if len(signers) < plan.graph.threshold:
             raise Contradiction(f"{len(signers)} signatures were verified; t = {plan.graph.threshold} are needed")
+
+    def _sent(self, entry: Entry) -> None:
+        record = entry.record
+        assert isinstance(record, Sent)
+        self._session(record.session).sent.append(record)
 
     def _ended(self, entry: Entry) -> None:
         record = entry.record

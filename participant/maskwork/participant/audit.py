@@ -14,7 +14,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -74,7 +74,6 @@ class _Open:
     """A session that was taken up and has not ended."""
 
     plan: RoundPlan
-    left: dict[str, Sent] = field(default_factory=dict)
     survivors: tuple[str, ...] = ()
 
 
@@ -314,7 +313,7 @@ class SiteTrail:
         if session not in self._memory.open:
             return
         encoded = codec.encode_request(session, message).SerializeToString()
-        self._left(session, type(message).__name__, len(encoded), hashlib.sha256(encoded).digest())
+        self._sent(session, type(message).__name__, len(encoded), hashlib.sha256(encoded).digest())
         if isinstance(message, ConsistencyCheck) and isinstance(state, core.SignedSets):
             size = state.session.plan.cohort
             u1, u2, u3 = (encode_members(m, size) for m in (state.sets.u1, state.sets.u2, state.sets.u3))
@@ -330,11 +329,11 @@ class SiteTrail:
             Released(session=record.session, model=record.model_digest, survivors=record.survivors, signatures=signers),
         )
 
-    def uploading(self, session: bytes, *, update: Sent, statistics: bytes) -> None:
+    def uploading(self, session: bytes, *, size: int, digest: bytes, statistics: bytes) -> None:
         """The masked upload begins to leave; asked for again, the same bytes leave again."""
         if session in self._memory.open:
-            self._left(session, "update", update.bytes, update.digest)
-            self._left(session, "statistics", len(statistics), hashlib.sha256(statistics).digest())
+            self._sent(session, "update", size, digest)
+            self._sent(session, "statistics", len(statistics), hashlib.sha256(statistics).digest())
 
     def ended(self, session: bytes, state: core.State | None) -> None:
         """A session is over."""
@@ -347,13 +346,11 @@ class SiteTrail:
                 self._end(session, "closed", "the coordinator closed it, or went on without this site")
 
     def _end(self, session: bytes, outcome: str, detail: str) -> None:
-        of = self._memory.open.get(session)
-        if of is not None:
-            ended = SessionEnded(session=session, outcome=outcome, detail=detail, left=dict(of.left))
-            self._write(ended, durable=False)
+        if session in self._memory.open:
+            self._write(SessionEnded(session=session, outcome=outcome, detail=detail), durable=False)
 
-    def _left(self, session: bytes, kind: str, size: int, digest: bytes) -> None:
-        self._memory.open[session].left[kind] = Sent(bytes=size, digest=digest)
+    def _sent(self, session: bytes, what: str, size: int, digest: bytes) -> None:
+        self._write(Sent(session=session, what=what, bytes=size, digest=digest), durable=False)
 
 
 def is_held(trail: SiteTrail, head: bytes | None) -> bool:

@@ -18,7 +18,6 @@ from typing import BinaryIO, assert_never
 
 import structlog
 
-from maskwork.audit.records import Sent
 from maskwork.errors import StorageUnavailable, UserError, storage_unavailable
 from maskwork.net.identity import VerifiedCertificate
 from maskwork.participant import room, training_calls
@@ -490,7 +489,7 @@ class Driver:
         path = work.folder / "update"
         try:
             work.update, work.statistics = path.open("rb", buffering=0), masked.result.statistics
-            work.update_sent = Sent(bytes=masked.result.update_bytes, digest=masked.result.digest)
+            work.update_sent = (masked.result.update_bytes, masked.result.digest)
         except OSError as error:
             self._fail(AbortReason.STORAGE_FAILED, str(storage_unavailable(error, file=path) or error))
             return
@@ -508,7 +507,8 @@ class Driver:
         if work.uploading or work.update is None or not isinstance(work.state, core.Uploading):
             return
         work.uploading = True
-        self._audit.uploading(work.id, update=work.update_sent, statistics=work.statistics)
+        size, digest = work.update_sent
+        self._audit.uploading(work.id, size=size, digest=digest, statistics=work.statistics)
         self._spawn(work, self._upload(work, work.update, offsets), AbortReason.CANCELLED)
 
     async def _upload(self, work: Work, update: BinaryIO, offsets: tuple[int, int]) -> None:

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, Protocol, TypeAlias, TypeVar
 
-from maskwork.audit.records import Sent
 from maskwork.net.identity import ParticipantVerifier
 from maskwork.participant import training_calls
 from maskwork.participant.client import LinkDown, LinkUp, Said
@@ -27,8 +26,6 @@ from maskwork.task import TrainingConfig
 from maskwork.wire import codec
 from maskwork.wire.codec import OpenSession
 from maskwork.worker import WorkerProcess
-
-NOTHING = Sent(bytes=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +99,7 @@ class Work:
     trained: bool = False
     mask_keys: MaskingKeys | None = field(default=None, repr=False)
     update: BinaryIO | None = None
-    update_sent: Sent = NOTHING
+    update_sent: tuple[int, bytes] = (0, b"")
     statistics: bytes = field(default=b"", repr=False)
     uploading: bool = False
     interrupted: int = 0
