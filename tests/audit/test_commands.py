@@ -239,6 +239,26 @@ def test_a_claim_that_does_not_hold_is_said_so_and_ends_with_1(broken: str, fold
     assert "claims do not hold" in page
 
 
+def test_a_broken_log_is_not_claimed_to_agree_with_anybody(folder: Path) -> None:
+    write(folder / "log", [*LOG[:9], *LOG[10:]])
+    told = report(folder, "--site-log", folder / "site-1")[3]
+    outcomes = [claim["outcome"] for claim in told["claims"]]  # type: ignore[attr-defined]
+    assert outcomes.count(Outcome.UNCHECKED) == 2, "neither the heads nor the plans of site-1 were compared"
+
+
+def test_a_history_written_anew_fails_its_claim(folder: Path) -> None:
+    at = recorded().index_of("job-submitted")
+
+    def lie(records: list[tuple[Record, float]]) -> None:
+        records[at] = (records[at][0], records[at][1] + 0.5)
+
+    write(folder / "log", rewritten(LOG, lie))
+    code, _, _, told = report(folder, "--site-log", folder / "site-1")
+    failed = [c["claim"] for c in told["claims"] if c["outcome"] == Outcome.FAILS]  # type: ignore[attr-defined]
+    assert code == 1
+    assert "Nothing was cut off at the end of the log, and the history was not written anew." in failed
+
+
 def test_a_job_that_is_not_there_is_said_so(folder: Path) -> None:
     code, said, *_ = report(folder, job="nothing")
     assert code == 1

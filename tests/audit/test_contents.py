@@ -255,6 +255,11 @@ SITE_LIES: dict[str, tuple[Callable[[Records], None], str, str]] = {
     "released": (changed_site("released", survivors=("site-1",)), "released", "not those that this site signed"),
     "released-model": (changed_site("released", model=OTHER), "released", "not about the model of the plan"),
     "released-few": (changed_site("released", signatures={}), "released", "0 signatures were verified"),
+    "sets-twice": (
+        lambda records: records.append(records[site_record("sets-signed")]),
+        "sets-signed",
+        "there may be one only",
+    ),
     "sent-unknown": (changed_site("sent", session=OTHER), "sent", "no plan of session"),
     "released-unknown": (changed_site("released", session=OTHER), "released", "no plan of session"),
 }

@@ -10,17 +10,18 @@ import json
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.audit.recorded import SITES, judged, recorded, rewritten, signed_anew, site_signer
 from tests.simulation.identities import COORDINATOR_SIGNER, FEDERATION, ROOTS
 
 from maskwork.audit import chain
-from maskwork.audit.lines import Entry, decode_line, encode_line, record_bytes
-from maskwork.audit.records import Operator, Record, Service
+from maskwork.audit.lines import decode_line, encode_line, record_bytes
+from maskwork.audit.records import HeadKept, Opened, Operator, Record, Service
 from maskwork.audit.verify import Problem, verify_chain
 from maskwork.net.authority import Authority
-from maskwork.net.identity import Role
+from maskwork.net.identity import Role, to_der
 from maskwork.secagg.keys import SoftwareSigner
 
 LOG = recorded().coordinator
@@ -274,11 +275,36 @@ def test_a_sites_log_is_not_compared_with_sites(tmp_path: Path) -> None:
     assert "is not a site's" in judged(tmp_path, LOG, site_1=LOG).problems[0].what
 
 
-def entry(index: int) -> Entry:
-    return decode_line(LOG[index])
-
-
 def _signer(pem: bytes) -> SoftwareSigner:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     return SoftwareSigner(load_pem_private_key(pem, None))  # type: ignore[arg-type]  # our CA issues P-256 keys only
+
+
+def test_somebody_who_keeps_no_log_is_not_believed() -> None:
+    authority = Authority.create("ward", now=1_799_999_000.0)
+    issued = authority.issue(Role.OPERATOR, "olga", now=1_799_999_000.0)
+    der = to_der(x509.load_pem_x509_certificate(issued.cert_pem))
+    lines = signed_anew(
+        [(Opened(federation="ward", certificate=der), 1_800_000_000.0)], _signer(issued.key_pem), "ward"
+    )
+    (found,) = verify_chain(lines, authority.roots).problems
+    assert (found.index, found.kind) == (0, "opened")
+    assert "keeps no audit log by its role" in found.what
+
+
+def test_a_site_that_kept_too_many_digests_to_write_down_still_names_the_part(tmp_path: Path) -> None:
+    place = recorded().index_of("job-submitted")
+
+    def lie(records: list[tuple[Record, float]]) -> None:
+        records[place] = (records[place][0], records[place][1] + 0.5)
+
+    def forget(records: list[tuple[Record, float]]) -> None:
+        for at, (record, when) in enumerate(records):
+            if isinstance(record, HeadKept):
+                records[at] = (record.model_copy(update={"digests": b""}), when)
+
+    site = rewritten(recorded().sites["site-1"], forget, site_signer("site-1"))
+    found = judged(tmp_path, rewritten(LOG, lie), site_1=site).problems
+    assert any("one of the records from 0 to" in p.what and p.by_head for p in found), found
+    assert judged(tmp_path, LOG, site_1=site).problems == []

@@ -184,6 +184,11 @@ def bad_ends(written: Written) -> Iterator[str]:
             yield f"{life.service} (start {life.number}) ended by itself with {life.code}"
 
 
+def audit_logs_that_do_not_tell(written: Written) -> Iterator[str]:
+    """The coordinator's audit log verifies, also against every site's, and no site was shown two histories."""
+    yield from written.audit
+
+
 ALL: Final = (
     rounds_out_of_order,
     commits_of_attempts,
@@ -197,6 +202,7 @@ ALL: Final = (
     complaints,
     told_secrets,
     bad_ends,
+    audit_logs_that_do_not_tell,
 )
 
 

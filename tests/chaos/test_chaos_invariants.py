@@ -132,6 +132,7 @@ Check = Callable[[Written], Iterator[str]]
             replace(GOOD, attempts=(*GOOD.attempts, replace(an_attempt(2), attempt=2, session="s3"))),
             "has 2 committed attempts",
         ),
+        (invariants.audit_logs_that_do_not_tell, replace(GOOD, audit=("record 7: altered",)), "record 7"),
         (invariants.commits_said_twice, with_log(line("round committed", job="job", round=2)), "committed 2 times"),
         (invariants.damaged_models, replace(GOOD, models={**GOOD.models, "m1": "other"}), "has the digest other"),
         (invariants.damaged_models, replace(GOOD, models={"m0": "m0", "m1": "m1"}), "m2 is missing"),

@@ -15,6 +15,8 @@ from typing import Any
 
 from tests.chaos.federation import Life
 
+from maskwork.audit.reading import judge
+from maskwork.net.identity import TrustRoots
 from maskwork.secagg.plan import RoundPlan
 from maskwork.tensors import Float32Array, read_vector
 from maskwork.wire import codec
@@ -103,6 +105,7 @@ class Written:
         logs: By file, its lines.
         lives: Every process that was started.
         secrets: Strings that no log may hold.
+        audit: What is wrong with the audit logs.
     """
 
     jobs: tuple[Job, ...] = ()
@@ -114,6 +117,7 @@ class Written:
     logs: Mapping[str, Sequence[str]] = field(default_factory=dict)
     lives: tuple[Life, ...] = ()
     secrets: tuple[str, ...] = ()
+    audit: tuple[str, ...] = ()
 
 
 class ModelFolder:
@@ -153,7 +157,15 @@ def read(home: Path, lives: Sequence[Life]) -> Written:
         logs={path.name: path.read_text(errors="replace").splitlines() for path in (home / "logs").glob("*.log")},
         lives=tuple(lives),
         secrets=tuple(_key_lines(home)),
+        audit=tuple(_audit(home)),
     )
+
+
+def _audit(home: Path) -> Iterator[str]:
+    roots = TrustRoots.from_file(home / "coordinator-main" / "ca.pem")
+    judged = judge(home / "coordinator-state" / "audit.log", roots, sorted(home.glob("state-*/audit.log")))
+    yield from map(str, judged.problems)
+    yield from judged.notes
 
 
 def _opened(path: Path) -> sqlite3.Connection:

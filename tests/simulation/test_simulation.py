@@ -16,6 +16,7 @@ from tests.simulation.operations import COORDINATOR, Channel, Kind, Op
 from tests.simulation.schedules import ListedSchedule, RandomSchedule, settings_of
 from tests.simulation.world import Settings, World
 
+from maskwork.coordinator.audit import LOG_NAME
 from maskwork.coordinator.records import AttemptRecord, CommittedRound, ResumeRecord
 from maskwork.secagg.keys import PublicKey, ShareKind
 from maskwork.secagg.messages import AdvertiseKeys, RevealedShare, Unmask
@@ -189,6 +190,18 @@ def test_a_process_that_ends_by_itself_is_a_violation() -> None:
     world.watch = Broken()
     with pytest.raises(Violation, match=r"SiteProcess ended by itself: ZeroDivisionError"):
         world.run()
+
+
+@pytest.mark.parametrize("whose", ["", "site-2"], ids=["coordinator", "site"])
+def test_an_audit_log_that_does_not_verify_is_a_violation(whose: str) -> None:
+    class Forged(World):
+        def _tear_down(self) -> None:
+            log = self._home / whose / LOG_NAME
+            log.write_bytes(log.read_bytes().replace(b'"started"', b'"stopped"', 1))
+            super()._tear_down()
+
+    with pytest.raises(Violation, match=r"audit log does not tell what happened: .*record 1 \(service\): altered"):
+        Forged(Settings(sites=4, rounds=1), ListedSchedule([])).run()
 
 
 def test_a_message_lost_and_one_doubled_cost_no_round() -> None:

@@ -45,7 +45,7 @@ def _heads(chain: Chain, site: Chain, facts: SiteFacts) -> Iterator[Problem]:
     name = "the site" if site.owner is None else site.owner.name
     accepted = facts.accepted_head
     if accepted is not None and (accepted.size > chain.size or chain.heads[accepted.size] != accepted.head):
-        yield Problem(None, "", f"{name} accepted a history that is not this one")
+        yield Problem(None, "", f"{name} accepted a history that is not this one", by_head=True)
     for index, kept in facts.heads:
         if index < facts.accepted:
             continue
@@ -54,15 +54,16 @@ def _heads(chain: Chain, site: Chain, facts: SiteFacts) -> Iterator[Problem]:
             if kept.size > chain.size:
                 most = max(other.size for at, other in facts.heads if at >= index)
                 what = f"the log ends here; {name} holds a signed head of {most} records: it was cut off"
-                yield Problem(chain.size, "", what)
+                yield Problem(chain.size, "", what, by_head=True)
                 return
             if chain.heads[kept.size] == kept.head:
                 continue
             what = f"one of the records from {kept.since} to {kept.size - 1} is not what {name} was shown and holds"
-            yield Problem(kept.since, _kind(chain, kept.since), f"{what} a signed head of: history was written anew")
+            what = f"{what} a signed head of: history was written anew"
+            yield Problem(kept.since, _kind(chain, kept.since), what, by_head=True)
             return
         what = f"not the record that {name} was shown and holds a signed head of: history was written anew"
-        yield Problem(found, _kind(chain, found), what)
+        yield Problem(found, _kind(chain, found), what, by_head=True)
         return
 
 

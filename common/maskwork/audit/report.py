@@ -345,13 +345,13 @@ def _owner(judged: Judged) -> str:
 
 def _against(judged: Judged) -> Claim:
     claim = "Nothing was cut off at the end of the log, and the history was not written anew."
-    heads = sum(len(site.facts.heads) for site in judged.sites)
-    if not heads:
-        return Claim(claim, "compared with heads that sites hold", Outcome.UNCHECKED, "no site's log was given")
-    names = ", ".join(site.name for site in judged.sites)
+    holding = [site for site in judged.sites if site.facts.heads]
+    if judged.chain.problems or not holding:
+        why = "the log itself is broken" if judged.chain.problems else "no site's log that holds a head was given"
+        return Claim(claim, "compared with heads that sites hold", Outcome.UNCHECKED, why)
+    heads, names = sum(len(site.facts.heads) for site in holding), ", ".join(site.name for site in holding)
     how = f"{heads} signed heads held by {names} looked up in the chain"
-    wrong = [p for p in judged.problems if "written anew" in p.what or "cut off" in p.what or "not this one" in p.what]
-    return _claim(claim, how, list(map(str, wrong)))
+    return _claim(claim, how, [str(problem) for problem in judged.problems if problem.by_head])
 
 
 def _problems_of_kind(judged: Judged, kind: str) -> list[str]:
@@ -403,5 +403,7 @@ def _site_claim(judged: Judged, job_id: str, job: JobFacts, site: SiteLog) -> Cl
     how = (
         f"{len(mine & theirs)} plans and {released} releases in the log of {site.name} compared with the coordinator's"
     )
-    wrong = [str(problem) for problem in judged.problems if problem.log == site.name]
-    return _claim(f"{site.name} saw the same plans, and helped to unmask the same survivors.", how, wrong)
+    claim = f"{site.name} saw the same plans, and helped to unmask the same survivors."
+    if judged.chain.problems:
+        return Claim(claim, how, Outcome.UNCHECKED, "the coordinator's log itself is broken")
+    return _claim(claim, how, [str(problem) for problem in judged.problems if problem.log == site.name])

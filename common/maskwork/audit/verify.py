@@ -34,12 +34,14 @@ class Problem:
         kind: its kind, as far as it can be told; empty if it cannot.
         what: what is wrong, for people.
         log: whose log it is about.
+        by_head: whether a head that somebody else holds showed it.
     """
 
     index: int | None
     kind: str
     what: str
     log: str = ""
+    by_head: bool = False
 
     def __str__(self) -> str:
         where = "" if self.index is None else f"record {self.index}{f' ({self.kind})' if self.kind else ''}: "
@@ -152,7 +154,7 @@ class _Checking:
             self._problem(entry.index, entry.kind, f"the certificate that signs this log is not good: {error}")
             return
         if verified.identity.role not in OWNERS:
-            what = f"a {verified.identity.role} keeps no audit log, and {verified.identity.uri} signs this one"
+            what = f"{verified.identity.uri} signs this log, and keeps no audit log by its role"
             self._problem(entry.index, entry.kind, what)
             return
         if self.chain.owner is not None and verified.identity != self.chain.owner:

@@ -27,6 +27,7 @@ class AuditService(audit_pb2_grpc.AuditServiceServicer):
         context: grpc.aio.ServicerContext[audit_pb2.ReadAuditRequest, audit_pb2.ReadAuditResponse],
     ) -> AsyncIterator[audit_pb2.ReadAuditResponse]:
         """The log from an offset."""
+        self._trail.log.sync()  # what an auditor holds, no power cut takes back
         end, offset = self._trail.log.length, request.offset
         if offset > end:
             raise Refused(Refusal.INVALID, f"the offset is beyond the end: the log has {end} bytes")
