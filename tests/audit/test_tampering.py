@@ -18,7 +18,7 @@ from tests.simulation.identities import COORDINATOR_SIGNER, FEDERATION, ROOTS
 
 from maskwork.audit import chain
 from maskwork.audit.lines import decode_line, encode_line, record_bytes
-from maskwork.audit.records import HeadKept, Opened, Operator, Record, Service
+from maskwork.audit.records import HeadKept, HistoryAccepted, Opened, Operator, Record, Service
 from maskwork.audit.verify import Problem, verify_chain
 from maskwork.net.authority import Authority
 from maskwork.net.identity import Role, to_der
@@ -308,3 +308,52 @@ def test_a_site_that_kept_too_many_digests_to_write_down_still_names_the_part(tm
     found = judged(tmp_path, rewritten(LOG, lie), site_1=site).problems
     assert any("one of the records from 0 to" in p.what and p.by_head for p in found), found
     assert judged(tmp_path, LOG, site_1=site).problems == []
+
+
+def test_a_second_beginning_is_named() -> None:
+    records: list[tuple[Record, float]] = [(e.record, e.at) for e in map(decode_line, LOG[:4])]
+    (found,) = verify_chain(signed_anew([*records, records[0]], COORDINATOR_SIGNER), ROOTS).problems
+    assert (found.index, found.kind) == (4, "opened")
+    assert "begins with one" in found.what
+    beginning = verify_chain(signed_anew(records[1:], COORDINATOR_SIGNER), ROOTS).problems[0]
+    assert (beginning.index, beginning.kind) == (0, "service")
+
+
+@pytest.mark.parametrize("change", ["taken out", "other"])
+def test_survivors_that_a_site_helped_to_unmask_cannot_be_denied(change: str, tmp_path: Path) -> None:
+    """Of the last round no site was shown a head yet; but the site's own signed sets say what it was asked for."""
+    last = recorded().index_of("survivors", last=True)
+
+    def lie(records: list[tuple[Record, float]]) -> None:
+        if change == "taken out":
+            del records[last:]
+        else:
+            records[last] = (records[last][0].model_copy(update={"u3": b"\x0f"}), records[last][1])
+
+    found = judged(tmp_path, rewritten(LOG, lie), site_1=recorded().sites["site-1"]).problems
+    assert any(p.log == "site-1" and "helped to unmask these survivors" in p.what for p in found), found
+
+
+def test_a_record_that_can_be_written_in_two_ways_is_refused_even_of_its_owner() -> None:
+    entry = decode_line(LOG[3])
+    data = record_bytes(entry.record, index=3, at=entry.at).replace(b'"index":3', b'"index": 3')
+    head = chain.next_head(decode_line(LOG[2]).signed.head, 3, chain.record_digest(data))
+    line = encode_line(data, chain.sign_head(COORDINATOR_SIGNER, FEDERATION, 4, head))
+    found = first([*LOG[:3], line])
+    assert found.index == 3
+    assert "canonical" in found.what
+
+
+def test_an_accepted_history_that_is_not_this_one_is_named(tmp_path: Path) -> None:
+    def accept(size: int, head: bytes) -> list[bytes]:
+        record = HistoryAccepted(size=size, head=head, reason="for a test")
+        site = recorded().sites["site-1"]
+        return rewritten(site, lambda records: records.append((record, records[-1][1])), site_signer("site-1"))
+
+    heads = verify_chain(LOG, ROOTS).heads
+    good = judged(tmp_path, LOG, site_1=accept(5, heads[5]))
+    assert good.problems == []
+    assert "accepted another history at 5 records" in good.notes[0]
+    for size, head in ((5, heads[4]), (SIZE + 1, heads[4])):
+        (found,) = judged(tmp_path, LOG, site_1=accept(size, head)).problems
+        assert "accepted a history that is not this one" in found.what
