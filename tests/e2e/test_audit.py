@@ -164,6 +164,7 @@ async def test_a_report_says_what_was_found(world: World, tmp_path: Path) -> Non
     assert "the plans" in left["site-d"]["source"]
 
 
+@pytest.mark.timeout(900)  # two restarts of the coordinator, one of each site, four jobs
 async def test_a_forked_coordinator_is_refused_and_told_and_goes_on_once_the_operator_accepts(
     world: World, tmp_path: Path
 ) -> None:

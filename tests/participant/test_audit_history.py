@@ -235,6 +235,8 @@ def of(folder: Path, kind: type[Record]) -> list[Record]:
 
 
 def offer(table: Table, history: History, since: int, size: int, **changes: object) -> OpenSession:
+    if changes.get("round_number", 3) == 4:  # after round 3, which everybody survived
+        changes.setdefault("previous_survivors", survivors_digest(NAMES))
     made = table.offer(audit_head=history.heads[size], **changes)
     return replace(made, history=history.shown(since, size))
 
@@ -276,6 +278,7 @@ async def test_a_fork_is_declined_kept_as_evidence_and_told(tmp_path: Path, caps
         assert table.ledger.last_audit_head("test") == TRUE.heads[5]
     (refused,) = of(tmp_path, HistoryRefused)
     assert isinstance(refused, HistoryRefused)
+    assert "does not extend the one that this site holds" in refused.detail
     assert (refused.kept_size, refused.kept_head) == (5, TRUE.heads[5])
     assert (refused.offered_size, refused.offered_head) == (9, forked.heads[9])
     kept = SignedHead(refused.kept_size, refused.kept_head, refused.kept_signature)
