@@ -28,7 +28,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final, TypeAlias
+from typing import BinaryIO, Final, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,11 +51,30 @@ _TILE: Final = 1 << 18  # coordinates converted at a time: 1 MiB of float32, so 
 _METADATA: Final = "__metadata__"
 
 
+class Openable(Protocol):
+    """A model that is not simply a file's bytes, such as one that is encrypted at rest; as text, its file's name."""
+
+    def open(self) -> BinaryIO:
+        """Open it for reading, from any place in it."""
+        ...
+
+
+class Writable(Protocol):
+    """Where a model is written, from its first byte to its last."""
+
+    def write(self, data: bytes, /) -> object:
+        """Append."""
+        ...
+
+
+ModelSource: TypeAlias = str | Path | Openable
+
+
 class ModelFileError(UserError, ValueError):
     """A model file is damaged, hostile, or holds something that cannot be federated; the text names the file."""
 
     @classmethod
-    def about(cls, path: str | Path, what: str) -> "ModelFileError":
+    def about(cls, path: ModelSource, what: str) -> "ModelFileError":
         """The error for a file: its name, then what is wrong with it and what can be done."""
         return cls(f"{path}: {what}")
 
@@ -169,23 +188,23 @@ class ModelHeader:
     offsets: Mapping[str, int]
 
 
-def read_header(path: str | Path) -> ModelHeader:
+def read_header(path: ModelSource) -> ModelHeader:
     """Read and check the header of a model file; no tensor is read.
 
     Raises:
         ModelFileError: It is not a well-formed safetensors file of floating-point tensors.
         OSError: It cannot be read.
     """
-    with Path(path).open("rb") as file:
+    with _opened(path) as file:
         return _read_header(file, path)
 
 
-def read_schema(path: str | Path) -> Schema:
+def read_schema(path: ModelSource) -> Schema:
     """The schema of a model file. Raises as `read_header` does."""
     return read_header(path).schema
 
 
-def read_vector(path: str | Path) -> tuple[Schema, Float32Array]:
+def read_vector(path: ModelSource) -> tuple[Schema, Float32Array]:
     """The schema of a model file and its flat vector.
 
     Returns:
@@ -195,7 +214,7 @@ def read_vector(path: str | Path) -> tuple[Schema, Float32Array]:
         ModelFileError: It is not a well-formed safetensors file of floating-point tensors.
         OSError: It cannot be read.
     """
-    with Path(path).open("rb") as file:
+    with _opened(path) as file:
         header = _read_header(file, path)
         vector = np.empty(header.schema.size, np.float32)
         for start, stop, raw, dtype in _tiles(file, header, path):
@@ -203,7 +222,7 @@ def read_vector(path: str | Path) -> tuple[Schema, Float32Array]:
     return header.schema, vector
 
 
-def check_finite(path: str | Path) -> Schema:
+def check_finite(path: ModelSource) -> Schema:
     """As `read_finite_vector`, without the vector: one tile of it is in memory at a time.
 
     Raises:
@@ -211,7 +230,7 @@ def check_finite(path: str | Path) -> Schema:
         OSError: It cannot be read.
     """
     values = np.empty(_TILE, np.float32)
-    with Path(path).open("rb") as file:
+    with _opened(path) as file:
         header = _read_header(file, path)
         for start, stop, raw, dtype in _tiles(file, header, path):
             tile = values[: stop - start]
@@ -221,7 +240,7 @@ def check_finite(path: str | Path) -> Schema:
     return header.schema
 
 
-def read_finite_vector(path: str | Path) -> tuple[Schema, Float32Array]:
+def read_finite_vector(path: ModelSource) -> tuple[Schema, Float32Array]:
     """As `read_vector`, and every number is finite as float32.
 
     Raises:
@@ -234,7 +253,11 @@ def read_finite_vector(path: str | Path) -> tuple[Schema, Float32Array]:
     return schema, vector
 
 
-def _not_finite(path: str | Path, schema: Schema, coordinate: int) -> ModelFileError:
+def _opened(path: ModelSource) -> BinaryIO:
+    return Path(path).open("rb") if isinstance(path, str | Path) else path.open()
+
+
+def _not_finite(path: ModelSource, schema: Schema, coordinate: int) -> ModelFileError:
     return ModelFileError.about(path, f"tensor {schema.tensor_at(coordinate).name!r} holds NaN or infinity")
 
 
@@ -261,22 +284,37 @@ def write_model(path: str | Path, schema: Schema, vector: Float32Array, metadata
         ValueError: The vector does not fit the schema, the schema is empty, or the header is too large.
         OSError: The disk failed; nothing was written.
     """
-    if vector.dtype != np.float32 or vector.shape != (schema.size,):
-        raise ValueError(f"the schema takes float32[{schema.size}], the vector is {vector.dtype}{list(vector.shape)}")
-    header = _header_bytes(schema, metadata)
     path = Path(path)
     temporary = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}")
     try:
         with temporary.open("xb") as file:
-            file.write(header)
-            for spec, start, stop in _layout(schema):
-                _write_tensor(file, path, spec, vector[start:stop])
+            write_model_to(file, schema, vector, metadata, named=path)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     _fsync_directory(path.parent)
+
+
+def write_model_to(
+    file: Writable, schema: Schema, vector: Float32Array, metadata: Mapping[str, str], *, named: ModelSource
+) -> None:
+    """As `write_model`, in order, into a file that the caller opened; `named` is for errors.
+
+    Raises:
+        ModelFileError, ValueError: As `write_model`; what was written by then is of no use.
+    """
+    if vector.dtype != np.float32 or vector.shape != (schema.size,):
+        raise ValueError(f"the schema takes float32[{schema.size}], the vector is {vector.dtype}{list(vector.shape)}")
+    file.write(_header_bytes(schema, metadata))
+    for spec, start, stop in _layout(schema):
+        _write_tensor(file, named, spec, vector[start:stop])
+
+
+def file_bytes(schema: Schema, metadata: Mapping[str, str]) -> int:
+    """How many bytes a model file of this schema and metadata has."""
+    return len(_header_bytes(schema, metadata)) + sum(spec.nbytes for spec in schema.tensors)
 
 
 def model_digest(path: str | Path) -> bytes:
@@ -296,8 +334,9 @@ class _Malformed(ValueError):
     """What is wrong with a header; `_read_header` adds the file."""
 
 
-def _read_header(file: BinaryIO, path: str | Path) -> ModelHeader:
-    file_size = os.fstat(file.fileno()).st_size
+def _read_header(file: BinaryIO, path: ModelSource) -> ModelHeader:
+    file_size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     try:
         length = _header_length(file.read(8), file_size)
         entries = _parse(file.read(length))
@@ -429,7 +468,7 @@ def _utf8(text: str) -> bytes:
 # --- the numbers ----------------------------------------------------------------------------------------------------
 
 
-def _tiles(file: BinaryIO, header: ModelHeader, path: str | Path) -> Iterator[tuple[int, int, bytes, str]]:
+def _tiles(file: BinaryIO, header: ModelHeader, path: ModelSource) -> Iterator[tuple[int, int, bytes, str]]:
     """The bytes of the flat vector's range [start, stop), with their dtype, tile by tile in order."""
     for spec, start, stop in header.schema.spans():
         file.seek(header.offsets[spec.name])
@@ -468,7 +507,7 @@ def _encode(values: Float32Array, dtype: str) -> bytes:
             return (rounded >> np.uint32(16)).astype("<u2").tobytes()
 
 
-def _write_tensor(file: BinaryIO, path: Path, spec: TensorSpec, values: Float32Array) -> None:
+def _write_tensor(file: Writable, path: ModelSource, spec: TensorSpec, values: Float32Array) -> None:
     back = np.empty(min(_TILE, len(values)), np.float32)
     for at in range(0, len(values), _TILE):
         tile = values[at : at + _TILE]

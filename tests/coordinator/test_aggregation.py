@@ -11,8 +11,9 @@ from tests.secagg.cohort import make_plan, statistics_of, survivors_sum, weight_
 from tests.secagg.harness import Federation
 
 from maskwork.coordinator import aggregation
-from maskwork.coordinator.aggregation import Convicted, Implausible, Released, ReleaseRequest, SessionShape
+from maskwork.coordinator.aggregation import Convicted, Implausible, Released, ReleaseRequest
 from maskwork.coordinator.models import ModelStore
+from maskwork.coordinator.shape import SessionShape
 from maskwork.secagg import server_states
 from maskwork.secagg.client_states import UploadUpdate
 from maskwork.secagg.encoding import decode_sum

@@ -126,7 +126,7 @@ async def test_a_submitted_job_is_queued_with_its_model(office: Office) -> None:
     assert (record.state, record.submitted_by, record.submitted_at) == (JobState.QUEUED, ROSA, 5.0)
     assert office.models.path(record.initial_model).read_bytes() == office.model()
     assert office.desk.details(job_id).job == office.desk.list()[0]
-    assert office.desk.model(job_id, 0) == (record.initial_model, office.models.path(record.initial_model))
+    assert office.desk.model(job_id, 0) == office.models.file(record.initial_model)
 
 
 async def test_two_submissions_are_two_jobs(office: Office) -> None:

@@ -270,6 +270,6 @@ async def test_files_of_a_session_are_for_its_members_alone(tmp_path: Path) -> N
         await connect_all(coordinator, sites)
         await sites["site-a"].until_heard(DeliveredShares)
         digest = coordinator.record().current_model
-        assert coordinator.driver.download(sites["site-a"].site, digest) == coordinator.models.path(digest)
+        assert coordinator.driver.download(sites["site-a"].site, digest) == coordinator.models.file(digest)
         assert coordinator.driver.download(sites["site-a"].site, bytes(32)) is None
         assert coordinator.driver.download(LocalSite("site-d").site, digest) is None

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskwork.coordinator.aggregation import SessionShape
+from maskwork.coordinator.shape import SessionShape
 from maskwork.coordinator.spool import Spool, UploadRefused, UploadSlots
 from maskwork.secagg.keys import Segment
 

@@ -4,56 +4,29 @@ They touch files only: the accumulator of one session, spooled uploads, models. 
 decided elsewhere; a result is used only if the session is still the one that asked.
 
 The accumulator holds ring sums, not updates: no single update can be read from it. `release` leaves it as it was, so
-that a crash in the middle can be followed by a second try.
+that a crash in the middle can be followed by a second try. Where the state is encrypted, `sealed_sum` keeps it.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 
+from maskwork.coordinator import sealed_sum
 from maskwork.coordinator.models import ModelStore, fsync
+from maskwork.coordinator.shape import SessionShape
+from maskwork.coordinator.vault import UploadSeal, Vault
 from maskwork.secagg import masking
 from maskwork.secagg.encoding import Encoding, decode_statistics, decode_sum
 from maskwork.secagg.errors import DealerEquivocated
 from maskwork.secagg.keys import rotation_seed
-from maskwork.secagg.ring import UInt8Array, UInt32Array, UInt64Array, packed_size
+from maskwork.secagg.ring import UInt8Array, UInt32Array, UInt64Array
 from maskwork.secagg.unmasking import UnmaskingJob, remaining_masks
-from maskwork.tensors import ModelFileError, read_vector, write_model
-
-
-@dataclass(frozen=True, slots=True)
-class SessionShape:
-    """The lengths of one session's vectors.
-
-    Attributes:
-        parameters: coordinates of the update (d).
-        ring_bits: bits of each on the wire (r).
-        statistics: how many statistics travel beside it (s).
-    """
-
-    parameters: int
-    ring_bits: int
-    statistics: int
-
-    @property
-    def update_bytes(self) -> int:
-        """Length of the packed update: ceil(d r / 8)."""
-        return packed_size(self.parameters, self.ring_bits)
-
-    @property
-    def statistics_bytes(self) -> int:
-        """Length of the masked statistics: 8 s."""
-        return 8 * self.statistics
-
-    @property
-    def upload_bytes(self) -> int:
-        """Length of a whole upload."""
-        return self.update_bytes + self.statistics_bytes
+from maskwork.tensors import ModelFileError, file_bytes, read_vector, write_model_to
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +41,7 @@ class ReleaseRequest:
     models: Path
     model: bytes
     metadata: tuple[tuple[str, str], ...]
+    vault: Vault | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,18 +70,31 @@ class Implausible:
 Release: TypeAlias = Released | Convicted | Implausible
 
 
-def create_accumulator(path: Path, shape: SessionShape) -> None:
-    """Make an accumulator of zeros: s statistics of eight bytes, then d coordinates of four."""
+def create_accumulator(path: Path, shape: SessionShape, *, seal: tuple[Vault, bytes] | None = None) -> None:
+    """Make an accumulator of zeros: s statistics of eight bytes, then d coordinates of four.
+
+    Args:
+        path: The file to make.
+        shape: The lengths of the session's vectors.
+        seal: The vault and the session's id, if it is to be encrypted.
+    """
+    if seal is not None:
+        sealed_sum.create(path, *seal)
+        return
     with path.open("xb") as file:
         os.posix_fallocate(file.fileno(), 0, 8 * shape.statistics + 4 * shape.parameters)
 
 
-def add_upload(accumulator: Path, upload: Path, shape: SessionShape) -> None:
+def add_upload(accumulator: Path, upload: Path, shape: SessionShape, seal: UploadSeal | None = None) -> None:
     """Add one whole upload to the accumulator and delete it.
 
     Raises:
         ValueError: the upload has not the length that the shape gives; the accumulator is as it was.
+        StoreError: one of them is not what was encrypted; the accumulator is as it was.
     """
+    if seal is not None:
+        sealed_sum.add(accumulator, upload, shape, seal)
+        return
     if upload.stat().st_size != shape.upload_bytes:
         raise ValueError(f"an upload of {upload.stat().st_size} bytes where {shape.upload_bytes} were due")
     packed: UInt8Array = np.memmap(upload, dtype=np.uint8, mode="r")
@@ -129,16 +116,16 @@ def release(request: ReleaseRequest) -> Release:
         masks = remaining_masks(request.job)
     except DealerEquivocated as error:
         return Convicted(error.dealer, str(error))
-    kept_statistics, kept_update = _open(request.accumulator, request.shape, "r")
-    statistics, update = kept_statistics.copy(), kept_update.copy()
+    statistics, update = _read(request)
     masking.remove_statistics_masks(statistics, masks.statistics)
     sums = decode_statistics(statistics)
     examples = sums[0]
     if not (examples == int(examples) and request.survivors <= examples <= _most(request)):
         return Implausible(f"the survivors' example counts add up to {examples}")
     masking.remove_masks(update, masks.update)
-    models = ModelStore(request.models)
-    schema, model = read_vector(models.verify(request.model))
+    models = ModelStore(request.models, vault=request.vault)
+    models.verify(request.model)
+    schema, model = read_vector(models.file(request.model))
     mean = np.empty_like(model)
     decode_sum(
         update,
@@ -150,8 +137,12 @@ def release(request: ReleaseRequest) -> Release:
     model += mean
     if not np.isfinite(model).all():
         return Implausible("the new model is not finite; lower the clip norm or the learning rate")
+    metadata = dict(request.metadata)
     try:
-        digest = models.put(lambda path: write_model(path, schema, model, dict(request.metadata)))
+        digest = models.write_in_order(
+            lambda file: write_model_to(file, schema, model, metadata, named=models.directory / "the next model"),
+            max_bytes=file_bytes(schema, metadata),
+        )
     except ModelFileError as error:
         return Implausible(f"the new model cannot be written: {error}")
     return Released(digest, tuple(sums))
@@ -159,6 +150,13 @@ def release(request: ReleaseRequest) -> Release:
 
 def _most(request: ReleaseRequest) -> int:
     return request.survivors * request.encoding.weight_cap
+
+
+def _read(request: ReleaseRequest) -> tuple[UInt64Array, UInt32Array]:
+    if request.vault is not None:
+        return sealed_sum.read(request.accumulator, request.shape, request.vault, request.job.session)
+    statistics, update = _open(request.accumulator, request.shape, "r")
+    return statistics.copy(), update.copy()
 
 
 def _open(accumulator: Path, shape: SessionShape, mode: str) -> tuple[UInt64Array, UInt32Array]:

@@ -45,3 +45,49 @@ def health(config: Config) -> None:
     files, target = IdentityFiles.in_directory(settings.identity), probe.reachable_from_here(settings.listen)
     probe.ask_whether_serving(target, files, role=Role.COORDINATOR, server_name=probe.name_in_certificate(files))
     typer.echo(f"the coordinator at {target} serves")
+
+
+key_app = typer.Typer(help="Make keys for encryption at rest.", no_args_is_help=True)
+app.add_typer(key_app, name="encryption-key")
+
+
+@key_app.callback()
+def _keys() -> None:
+    """Make keys for encryption at rest."""
+
+
+@key_app.command("new")
+def new_key(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it there, for its owner alone to read.")
+    ] = None,
+) -> None:
+    """Make a key that a coordinator's state can be encrypted with, and print it, or write it to a file.
+
+    Whoever loses it loses the models: keep a copy where the state directory is not.
+    """
+    from maskwork.coordinator.at_rest_key import write_new_key  # cryptography is loaded only where it is needed
+
+    key = write_new_key(output)
+    if output is None:
+        typer.echo(key.text)
+    typer.echo(f"key {key.id}" + (f" in {output}" if output else "") + ": keep a copy elsewhere", err=True)
+
+
+@app.command("rotate-key")
+def rotate_key(config: Config) -> None:
+    """Encrypt the state of a stopped coordinator with the key of its configuration, whatever it was encrypted with.
+
+    The key before it is given as old_key_file, old_key_env or old_key_command; files and records that are not encrypted
+    yet are encrypted. Interrupted, it can be run again.
+    """
+    settings = read_config(config)
+    from maskwork.coordinator.at_rest import rotate_state
+    from maskwork.net.identity import IdentityFiles, certificate_identity, load_certificate
+
+    certificate = load_certificate(IdentityFiles.in_directory(settings.identity).cert)
+    done = rotate_state(settings, federation=certificate_identity(certificate).federation)
+    typer.echo(
+        f"everything in {settings.state} opens with the key {done.key_id.hex()} alone: {done.rewrapped} files and "
+        f"{done.rows} records changed over, {done.encrypted} files that were not encrypted"
+    )

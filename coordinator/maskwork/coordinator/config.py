@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from maskwork.coordinator.at_rest_key import Encryption
 from maskwork.settings import Address, FilePath, Section, read_toml
 
 
@@ -25,6 +27,7 @@ class CoordinatorConfig(Section):
             file descriptor, and the limit on those should be 500 above it.
         stall_s: longest wait for the next piece of an upload or submission, and for a caller to read what it asked for.
         log_level: debug, info, warning or error.
+        encryption: encryption at rest.
     """
 
     listen: Address = "0.0.0.0:8750"
@@ -38,6 +41,13 @@ class CoordinatorConfig(Section):
     max_connections: int = Field(default=2000, ge=16, le=1_000_000)
     stall_s: float = Field(default=60.0, gt=0, le=3600)
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
+    encryption: Encryption = Encryption()
+
+    @model_validator(mode="after")
+    def _a_table_says_something(self) -> Self:
+        if "encryption" in self.model_fields_set and not self.encryption.wanted:
+            raise ValueError("encryption: give exactly one of key_file, key_env and key_command")
+        return self
 
     @property
     def database_url(self) -> str:
@@ -53,4 +63,6 @@ def read_config(path: Path) -> CoordinatorConfig:
     """
     config = read_toml(path, CoordinatorConfig, what="a configuration file")
     base = path.parent
-    return config.model_copy(update={"identity": (base / config.identity), "state": (base / config.state)})
+    encryption = config.encryption.relative_to(base)
+    paths = {"identity": base / config.identity, "state": base / config.state, "encryption": encryption}
+    return config.model_copy(update=paths)

@@ -41,7 +41,7 @@ from maskwork.coordinator.happenings import (
     UploadEnded,
 )
 from maskwork.coordinator.job_runner import Federation, JobRunner
-from maskwork.coordinator.models import ModelStore
+from maskwork.coordinator.models import ModelFile, ModelStore
 from maskwork.coordinator.peers import Peer
 from maskwork.coordinator.rounds import PresentSite
 from maskwork.coordinator.runner import SessionRunner, Surroundings, Worker
@@ -138,13 +138,13 @@ class Driver:
             return None
         return active.spool(member), member
 
-    def download(self, site: PresentSite, digest: bytes) -> Path | bytes | None:
+    def download(self, site: PresentSite, digest: bytes) -> ModelFile | bytes | None:
         """What a member of the open session may fetch: the model's file, certificates, digests of our audit log."""
         active = None if self._jobs.runner is None else self._jobs.runner.session
         if active is None or active.index_of(site.name, site.fingerprint) is None:
             return None
         if digest == active.plan.model_digest:
-            return self._models.path(digest)
+            return self._models.file(digest)
         bundle = active.certificate_bundle
         return bundle if hashlib.sha256(bundle).digest() == digest else self.audit.tail(digest)
 

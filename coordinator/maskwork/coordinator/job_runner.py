@@ -215,7 +215,7 @@ class JobRunner:
             self._end_job(run.job_id, JobState.FAILED, f"no plan can be made for {len(cohort)} sites: {error}")
             return
         try:
-            model_size = self._around.models.path(run.model).stat().st_size
+            model_size = self._around.models.file(run.model).size
         except ModelDamaged:
             self._roll_back(run)
             return
@@ -279,6 +279,7 @@ class JobRunner:
             model_size=model_size,
             slots=UploadSlots(self._max_uploads),
             opened_at=self._around.ticks(),
+            vault=self._around.models.vault,
         )
 
     async def released(self, runner: SessionRunner, release: Release) -> None:
@@ -381,7 +382,7 @@ class JobRunner:
             restored.state,
             restored.certificates,
             config=run.spec.training.canonical_json(),
-            model_size=self._around.models.path(run.model).stat().st_size,
+            model_size=self._around.models.file(run.model).size,
         )
         session.uplink_bytes = restored.survivors * shape_of(plan).upload_bytes
         runner = self.runner = SessionRunner(session, self._around)

@@ -18,13 +18,13 @@ import structlog
 
 from maskwork.coordinator.board import EventBoard
 from maskwork.coordinator.job_view import round_event, summary
-from maskwork.coordinator.models import ModelStore, ModelTooLarge
+from maskwork.coordinator.models import ModelFile, ModelStore, ModelTooLarge
 from maskwork.coordinator.records import FIRST_ATTEMPT, FIRST_ROUND, JobRecord, JobState
 from maskwork.coordinator.store import Store
 from maskwork.job import JobSpec, parse_spec
 from maskwork.job_events import Dropped, JobDetails, JobEvent, JobSummary, PastAttempt, RoundCommitted
 from maskwork.net.status import Refusal, Refused
-from maskwork.tensors import ModelFileError, check_finite
+from maskwork.tensors import ModelFileError, ModelSource, check_finite
 
 log = structlog.get_logger("maskwork.coordinator")
 
@@ -107,13 +107,13 @@ class JobDesk:
             self._check_room(submitted_by)  # others of the same submitter may have come in meanwhile
             return incoming.commit()
 
-    async def _judge(self, path: Path) -> None:
+    async def _judge(self, model: ModelSource) -> None:
         """Refuse a model before it is kept: nothing would delete it before the next start."""
         try:
             async with self._reading:  # one at a time: a header's JSON may take many times its bytes
-                await asyncio.to_thread(check_finite, path)
+                await asyncio.to_thread(check_finite, model)
         except ModelFileError as error:
-            said = str(error).removeprefix(f"{path}: ")  # where it lies here is not the submitter's business
+            said = str(error).removeprefix(f"{model}: ")  # where it lies here is not the submitter's business
             raise Refused(Refusal.INVALID, f"the initial model is not usable: {said}") from error
 
     def _record(self, spec: JobSpec, model: bytes, submitted_by: str) -> JobRecord:
@@ -186,8 +186,8 @@ class JobDesk:
             raise Refused(Refusal.STOPPING, "the coordinator stops")
         raise Refused(Refusal.TOO_MUCH, "this watcher has fallen too far behind")
 
-    def model(self, job_id: str, round_number: int) -> tuple[bytes, Path]:
-        """Digest and file of a committed model; round 0 means the newest.
+    def model(self, job_id: str, round_number: int) -> ModelFile:
+        """A committed model; round 0 means the newest.
 
         Raises:
             Refused: no such job or round.
@@ -200,7 +200,7 @@ class JobDesk:
             if round_number not in by_round:
                 raise Refused(Refusal.NOT_FOUND, f"job {job_id} has no committed round {round_number}")
             digest = by_round[round_number]
-        return digest, self._models.path(digest)
+        return self._models.file(digest)
 
     def _rounds(self, job_id: str) -> tuple[RoundCommitted, ...]:
         opened = {a.session_id: a.opened_at for a in self._store.attempts(job_id)}

@@ -1,12 +1,13 @@
-"""Models on disk: one file for each, named after the SHA-256 of its bytes.
+"""Models on disk: one file for each, named after the SHA-256 of the model, and encrypted where there is a vault.
 
-NOT here: what is inside the file (`maskwork.tensors` reads safetensors), and which models are needed (the store's rows
-say so; `sweep` is told).
+NOT here: what is inside the model (`maskwork.tensors` reads safetensors), which models are needed (the store's rows
+say so; `sweep` is told), and how a file is encrypted (`sealed`). The name is the plain model's digest in either case.
 
 Rules
 1. `<digest>.safetensors` exists only complete: written under a temporary name in the same directory, fsynced, renamed,
    the directory fsynced. Only after that does `put` return, and only then may a row refer to it (DESIGN section 6).
-2. Nothing is trusted for its name alone: `verify` hashes again.
+2. Nothing is trusted for its name alone: `verify` hashes again. With a vault no plain byte of a model is written, and
+   a plain file is not read unless the vault accepts those of before.
 3. `sweep` never touches what this process is writing or has put: it cannot race the row that is about to refer to it.
 """
 
@@ -14,12 +15,16 @@ import hashlib
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO, cast
 
+from maskwork.coordinator.sealed import NotSealed, SealDamaged, SealedWriter, pieces
+from maskwork.coordinator.vault import Vault, not_accepted
 from maskwork.errors import StoreError
+from maskwork.tensors import ModelSource
 
 _TEMPORARY = ".incoming-"
 _NAMED_BY_DIGEST = re.compile(r"([0-9a-f]{64})\.safetensors")
@@ -46,6 +51,52 @@ class ModelTooLarge(ValueError):
     """A model that somebody sent is larger than allowed; nothing of it was kept."""
 
 
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A model of the store, to be read as it is, whatever lies on the disk; as text, the file's path."""
+
+    path: Path
+    digest: bytes
+    vault: Vault | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def open(self) -> BinaryIO:
+        """Open it for reading.
+
+        Raises:
+            ModelDamaged: It is missing, or not what was encrypted under its name.
+            StoreError: It is encrypted and its key is not there, or it is plain and should not be.
+            OSError: It cannot be read.
+        """
+        try:
+            if self.vault is None:
+                return self.path.open("rb")
+            return cast("BinaryIO", self.vault.open(self.path, self.vault.model(self.digest)))
+        except FileNotFoundError:
+            raise _missing(self.path) from None
+        except SealDamaged as damage:
+            raise ModelDamaged(damage.what, file=damage.file, remedy=damage.remedy) from None
+        except NotSealed as plain:
+            if self.vault is not None and self.vault.accept_plain:
+                return self.path.open("rb")
+            raise not_accepted(plain.what, self.path) from None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the model. Raises as `open`."""
+        if self.vault is None:
+            return self.path.stat().st_size
+        with self.open() as file:
+            return file.seek(0, os.SEEK_END)
+
+    def read_bytes(self) -> bytes:
+        """All of it. Raises as `open`."""
+        with self.open() as file:
+            return file.read()
+
+
 class IncomingModel:
     """A model that arrives in chunks. Leaving the `with` block without `commit` leaves no trace of it."""
 
@@ -56,8 +107,11 @@ class IncomingModel:
         self._path = store._new_temporary()
         self._size = 0
         self._digest: bytes | None = None
+        self._sealing: SealedWriter | None = None
         with _world_failures(self._path):
-            self._file = self._path.open("xb")
+            self._file: BinaryIO = self._path.open("x+b", buffering=0 if store.vault is not None else -1)
+            if store.vault is not None:
+                self._sealing = SealedWriter(self._file)
 
     @property
     def size(self) -> int:
@@ -75,29 +129,39 @@ class IncomingModel:
         if size > self._max_bytes:
             raise ModelTooLarge(f"the model is larger than the {self._max_bytes} bytes allowed; send a smaller one")
         with _world_failures(self._path):
-            self._file.write(chunk)
+            (self._file if self._sealing is None else self._sealing).write(chunk)
         self._hash.update(chunk)
         self._size = size
 
-    def written(self) -> Path:
-        """Where the chunks so far can be read, to be judged before `commit`.
+    def written(self) -> ModelSource:
+        """What has been written, to be read and judged before `commit`; with a vault, nothing more can be written.
 
         Raises:
             StoreError: If the disk fails.
         """
         with _world_failures(self._path):
-            self._file.flush()
-        return self._path
+            if self._sealing is None:
+                self._file.flush()
+                return self._path
+            self._sealing.finish()
+        return _Unnamed(self._path, self._sealing)
+
+    def digest_so_far(self) -> bytes:
+        """The SHA-256 of what was written until now."""
+        return self._hash.digest()
 
     def commit(self) -> bytes:
         """Make it durable under its digest, and return that (32 bytes)."""
         if self._digest is not None:
             raise RuntimeError("this model was committed before; a model is committed once")
+        digest, vault = self._hash.digest(), self._store.vault
         with _world_failures(self._path):
+            if self._sealing is not None and vault is not None:
+                self._sealing.seal(vault.model(digest), vault.keys.current)
             self._file.close()
-        self._digest = self._hash.digest()
-        self._store._keep(self._path, self._digest)
-        return self._digest
+        self._digest = digest
+        self._store._keep(self._path, digest)
+        return digest
 
     def __enter__(self) -> "IncomingModel":
         return self
@@ -111,20 +175,38 @@ class IncomingModel:
         self._store._forget_temporary(self._path)
 
 
+@dataclass(frozen=True, slots=True)
+class _Unnamed:
+    """A sealed model that has no digest yet, while whoever writes it still holds its key."""
+
+    path: Path
+    sealing: SealedWriter
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def open(self) -> BinaryIO:
+        return cast("BinaryIO", self.sealing.reader(self.path.open("rb", buffering=0)))
+
+
 class ModelStore:
     """A directory of models named by their digests."""
 
-    def __init__(self, directory: str | Path, *, fsync: Callable[[Path], None] = fsync) -> None:
+    def __init__(
+        self, directory: str | Path, *, fsync: Callable[[Path], None] = fsync, vault: Vault | None = None
+    ) -> None:
         """Open `directory`, creating it if it is missing.
 
         Args:
             directory: Where the models are.
             fsync: Makes a file's bytes, or a directory's names, durable.
+            vault: What they are encrypted with; None: they are not.
 
         Raises:
             StoreError: If it cannot be created.
         """
         self.directory = Path(directory)
+        self.vault = vault
         self._fsync = fsync
         self._own: set[str] = set()  # names that this process has put or is writing; `sweep` leaves them
         with _world_failures(self.directory):
@@ -133,9 +215,13 @@ class ModelStore:
     def put(self, write: Callable[[Path], object]) -> bytes:
         """Keep the file that `write` writes at the path it is given; returns its SHA-256, 32 bytes.
 
+        Not with a vault: the path would hold the plain model. There, `write_in_order` takes its place.
+
         Raises:
             StoreError: If the disk fails; nothing is kept.
         """
+        if self.vault is not None:
+            raise RuntimeError("an encrypted store takes no plain files: use write_in_order")
         temporary = self._new_temporary()
         try:
             with _world_failures(temporary):
@@ -148,6 +234,17 @@ class ModelStore:
             self._forget_temporary(temporary)
         return digest
 
+    def write_in_order(self, write: Callable[["IncomingModel"], object], *, max_bytes: int) -> bytes:
+        """Keep what `write` writes, from the first byte to the last; returns its SHA-256, 32 bytes.
+
+        Raises:
+            ModelTooLarge: If there is more than `max_bytes` of it; nothing is kept.
+            StoreError: If the disk fails; nothing is kept.
+        """
+        with self.incoming(max_bytes=max_bytes) as model:
+            write(model)
+            return model.commit()
+
     def put_file(self, source: str | Path) -> bytes:
         """Keep a copy of `source`; returns its SHA-256, 32 bytes.
 
@@ -155,7 +252,7 @@ class ModelStore:
             StoreError: If it cannot be read, or the disk fails.
         """
         with _world_failures(source), Path(source).open("rb") as opened:
-            return self.put(lambda path: _copy(opened.fileno(), path))
+            return self.import_stream(pieces(opened), max_bytes=os.fstat(opened.fileno()).st_size)
 
     def import_stream(self, chunks: Iterable[bytes], *, max_bytes: int) -> bytes:
         """Keep a model that arrives in chunks; returns its SHA-256, 32 bytes.
@@ -181,19 +278,30 @@ class ModelStore:
         """
         path = self._named(digest)
         if not path.is_file():
-            raise ModelDamaged("is missing", file=path, remedy="Restore the models directory from a backup.")
+            raise _missing(path)
         return path
 
+    def file(self, digest: bytes) -> ModelFile:
+        """A model, to be read as it is.
+
+        Raises:
+            ModelDamaged: If there is none.
+        """
+        return ModelFile(self.path(digest), digest, self.vault)
+
     def verify(self, digest: bytes) -> Path:
-        """Hash the file of a model again and return its path.
+        """Hash a model again and return the path of its file.
 
         Raises:
             ModelDamaged: If it is missing, or its bytes are not those of its name.
-            StoreError: If it cannot be read.
+            StoreError: If it cannot be read, or its key is not there.
         """
         path = self.path(digest)
-        with _world_failures(path):
-            found = _digest_of(path)
+        try:
+            with _world_failures(path), self.file(digest).open() as opened:
+                found = _digest_of_open(opened)
+        except SealDamaged as damage:
+            raise ModelDamaged(damage.what, file=path, remedy=damage.remedy) from None
         if found != digest:
             remedy = "Restore it from a backup; participants would refuse it."
             raise ModelDamaged(f"is damaged: its SHA-256 is {found.hex()}", file=path, remedy=remedy)
@@ -241,14 +349,21 @@ class ModelStore:
             self._fsync(self.directory)
 
 
-def _copy(source: int, path: Path) -> None:
-    with open(source, "rb", closefd=False) as reader, path.open("xb") as writer:
-        shutil.copyfileobj(reader, writer, 1 << 20)
+def _missing(path: Path) -> ModelDamaged:
+    return ModelDamaged("is missing", file=path, remedy="Restore the models directory from a backup.")
 
 
 def _digest_of(path: Path) -> bytes:
     with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").digest()
+        return _digest_of_open(opened)
+
+
+def _digest_of_open(opened: BinaryIO) -> bytes:
+    found = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    while length := opened.readinto(buffer):  # type: ignore[attr-defined]  # BinaryIO lacks it, every file here has it
+        found.update(buffer[:length])
+    return found.digest()
 
 
 class _world_failures:  # noqa: N801  (a with-block, used as one)

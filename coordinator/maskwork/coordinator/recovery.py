@@ -59,7 +59,7 @@ def run_of(record: JobRecord, *, store: Store, models: ModelStore) -> JobRun:
         raise JobLost(str(error)) from error
     record, taken_back = _on_an_intact_model(record, store, models)
     try:
-        schema = read_schema(models.path(record.current_model))
+        schema = read_schema(models.file(record.current_model))
     except ModelFileError as error:
         raise JobLost(str(error)) from error
     run = JobRun(

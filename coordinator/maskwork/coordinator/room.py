@@ -1,8 +1,8 @@
 """Whether there is room for a round before anybody trains for it, and the files that a session begins with.
 
 A round needs its accumulator, as many spooled uploads as are admitted at a time, and the next model. What is short is
-said with the figures. Nothing but the accumulator is reserved: a disk that fills up later is met where it
-is written to.
+said with the figures. Nothing but the accumulator is reserved, and not that either where the state is encrypted: a disk
+that fills up later is met where it is written to.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def make_room(session: ActiveSession, models: Path) -> None:
     """
     try:
         session.folder.mkdir(parents=True)
-        aggregation.create_accumulator(session.accumulator, session.shape)
+        seal = None if session.vault is None else (session.vault, session.id)
+        aggregation.create_accumulator(session.accumulator, session.shape, seal=seal)
         _check_room(session, models)
     except OSError as error:
         shutil.rmtree(session.folder, ignore_errors=True)
@@ -42,6 +43,8 @@ def make_room(session: ActiveSession, models: Path) -> None:
 def _check_room(session: ActiveSession, models: Path) -> None:
     uploads = min(session.slots.limit, session.plan.cohort) * session.shape.upload_bytes
     needs = {session.folder: uploads + FOR_THE_DATABASE}
+    if session.vault is not None:  # the encrypted sum is written anew for each upload, beside the one before
+        needs[session.folder] += 2 * (8 * session.shape.statistics + 4 * session.shape.parameters)
     if os.stat(models).st_dev == os.stat(session.folder).st_dev:
         needs[session.folder] += session.model_size
     else:

@@ -277,8 +277,9 @@ class SessionRunner:
     def _add_upload(self, member: int) -> None:
         session = self.session
         session.uplink_bytes += session.shape.upload_bytes
+        spool = session.spool(member)
         work = self._around.worker.call(
-            aggregation.add_upload, session.accumulator, session.spool(member).path, session.shape
+            aggregation.add_upload, session.accumulator, spool.path, session.shape, spool.seal
         )
         session.additions.append(asyncio.ensure_future(work))
 
@@ -310,6 +311,7 @@ class SessionRunner:
             models=self._around.models.directory,
             model=p.model_digest,
             metadata=(("federation", p.federation), ("job", p.job), ("round", str(p.round_number))),
+            vault=session.vault,
         )
         left, pause = RELEASE_TRIES, rounds.FIRST_PUT_OFF_S
         while left:

@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from maskwork.audit.records import Service
+from maskwork.coordinator.at_rest import open_vault
 from maskwork.coordinator.audit import LOG_NAME, Trail
 from maskwork.coordinator.audit_service import AuditService
 from maskwork.coordinator.audit_store import AuditedStore
@@ -89,14 +90,15 @@ async def running(config: CoordinatorConfig) -> AsyncIterator[tuple[Driver, str]
     roots = TrustRoots.from_file(files.ca)
     own = roots.verify(to_der(load_certificate(files.cert)), now=time.time(), role=Role.COORDINATOR)
     federation = Federation(own.identity.federation, own.der, SoftwareSigner(load_private_key(files.key)))
+    vault = open_vault(config.encryption, federation=federation.name, state=config.state)
     sessions = config.state / "sessions"
     with world_failures(str(sessions)):
         sessions.mkdir(parents=True, exist_ok=True)
-    models = ModelStore(config.state / "models")
+    models = ModelStore(config.state / "models", vault=vault)
     trail = Trail.open(
         config.state / LOG_NAME, federation=federation.name, certificate=own.der, signer=federation.signer
     )
-    with closing(trail), AuditedStore.open(config.database_url) as store:
+    with closing(trail), AuditedStore.open(config.database_url, vault=vault) as store:
         store.follow(trail)
         async with WorkerProcess(name="aggregation", preload=("maskwork.coordinator.aggregation",)) as worker:
             driver = Driver(

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import time
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import structlog
 
@@ -31,6 +31,7 @@ from maskwork.coordinator.happenings import (
 )
 from maskwork.coordinator.job_view import summary as summary_of
 from maskwork.coordinator.jobs import JobDesk
+from maskwork.coordinator.models import ModelFile
 from maskwork.coordinator.peers import Peer
 from maskwork.coordinator.quotas import Bucket
 from maskwork.coordinator.rounds import PresentSite
@@ -162,7 +163,7 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
         source = self._driver.download(site, request.digest)
         if source is None:
             raise Refused(Refusal.NOT_FOUND, "nothing of that digest belongs to an open session of yours")
-        if request.offset > (source.stat().st_size if isinstance(source, Path) else len(source)):
+        if request.offset > (len(source) if isinstance(source, bytes) else source.size):
             raise Refused(Refusal.INVALID, "the offset is beyond the end")
         async with asyncio.timeout(DOWNLOAD_WAIT_S):
             await self._downloads.acquire()
@@ -173,8 +174,8 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
             self._downloads.release()
 
 
-def _pieces(source: Path | bytes, offset: int) -> Iterator[tuple[int, bytes]]:
-    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
+def _pieces(source: ModelFile | bytes, offset: int) -> Iterator[tuple[int, bytes]]:
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open() as file:
         file.seek(offset)
         while data := file.read(CHUNK_BYTES):
             yield offset, data
@@ -257,12 +258,15 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
         context: grpc.aio.ServicerContext[jobs_pb2.ExportModelRequest, jobs_pb2.ExportModelResponse],
     ) -> AsyncIterator[jobs_pb2.ExportModelResponse]:
         """A committed model, in chunks."""
-        digest, path = self._desk.model(request.job_id, request.round_number)
-        self._trail.asked_for("export", caller(), job=request.job_id, round_number=request.round_number, model=digest)
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        model = self._desk.model(request.job_id, request.round_number)
+        self._trail.asked_for(
+            "export", caller(), job=request.job_id, round_number=request.round_number, model=model.digest
+        )
+        with model.open() as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
             while data := file.read(CHUNK_BYTES):
-                yield jobs_pb2.ExportModelResponse(digest=digest, size=size, data=data)
+                yield jobs_pb2.ExportModelResponse(digest=model.digest, size=size, data=data)
 
 
 async def _model_chunks(requests: AsyncIterator[jobs_pb2.SubmitJobRequest]) -> AsyncIterator[bytes]:

@@ -15,8 +15,9 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from maskwork.coordinator.aggregation import SessionShape
+from maskwork.coordinator.shape import SessionShape
 from maskwork.coordinator.spool import Spool, UploadSlots
+from maskwork.coordinator.vault import UploadSeal, Vault
 from maskwork.drop_texts import because, decline_code
 from maskwork.secagg.errors import DeclineCode, DropReason
 from maskwork.secagg.messages import ShareKeys
@@ -56,6 +57,7 @@ class ActiveSession:
         sitting_out: members that are asked again in the next round, each with why.
         drops: every member that was dropped, with why.
         doubted: members that said that the model they were sent is not the plan's.
+        vault: what accumulator and spools are encrypted with, if they are.
     """
 
     job_id: str
@@ -67,6 +69,7 @@ class ActiveSession:
     model_size: int
     slots: UploadSlots
     opened_at: float
+    vault: Vault | None = None
     spools: dict[int, Spool] = field(default_factory=dict)
     additions: list[asyncio.Task[None]] = field(default_factory=list)
     excluded: dict[str, str] = field(default_factory=dict)
@@ -119,8 +122,13 @@ class ActiveSession:
     def spool(self, index: int) -> Spool:
         """The member's upload, made at the first use."""
         if index not in self.spools:
-            self.spools[index] = Spool(self.folder / f"upload-{index}", self.shape)
+            self.spools[index] = Spool(self.folder / f"upload-{index}", self.shape, self._seal(index))
         return self.spools[index]
+
+    def _seal(self, index: int) -> UploadSeal | None:
+        if self.vault is None:
+            return None
+        return UploadSeal(self.vault, self.vault.accumulator(self.id), self.vault.upload(self.id, index))
 
     def grant(self, index: int) -> UploadGrant:
         """The grant for a member: where its upload goes on."""

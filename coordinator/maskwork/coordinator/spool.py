@@ -2,6 +2,7 @@
 
 Bounded by construction: an upload has exactly the length that the plan gives, and only as many are admitted at a time
 as there are slots (`UploadSlots`). A spool knows bytes and offsets; it does not authenticate, add up or decide.
+With an `UploadSeal` its file is encrypted, and what goes beyond the last whole chunk is in memory.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from maskwork.coordinator.aggregation import SessionShape
+from maskwork.coordinator.sealed import SealedWriter
+from maskwork.coordinator.shape import SessionShape
+from maskwork.coordinator.vault import UPLOAD_CHUNK_BYTES, UploadSeal
 from maskwork.secagg.keys import Segment
 
 
@@ -23,8 +26,10 @@ class UploadRefused(ValueError):
 class Spool:
     """One participant's upload in one session."""
 
-    def __init__(self, path: Path, shape: SessionShape) -> None:
+    def __init__(self, path: Path, shape: SessionShape, seal: UploadSeal | None = None) -> None:
         self.path = path
+        self.seal = seal
+        self._sealing: SealedWriter | None = None
         self._shape = shape
         self._received = 0
         self._writer: SpoolWriter | None = None
@@ -51,7 +56,12 @@ class Spool:
         if self._writer is not None:
             self._writer.close()
         file = self.path.open("r+b" if self.path.exists() else "x+b", buffering=0)
-        file.seek(self._received)
+        if self.seal is None:
+            file.seek(self._received)
+        elif self._sealing is None:
+            self._sealing = SealedWriter(file, chunk_bytes=UPLOAD_CHUNK_BYTES)
+        else:
+            self._sealing.use(file)
         writer = self._writer = SpoolWriter(self, file)
         try:
             yield writer
@@ -71,6 +81,15 @@ class Spool:
             raise UploadRefused(f"a chunk at {segment.name} + {offset} where {self._received} bytes are here")
         if not length or offset + length > room:
             raise UploadRefused(f"a chunk of {length} bytes at {segment.name} + {offset} of {room}")
+
+    def _append(self, file: BinaryIO, data: bytes) -> None:
+        if self._sealing is None or self.seal is None:
+            _write_plain(file, data, at=self._received)
+        else:
+            self._sealing.write(data)
+            if self._received + len(data) == self._shape.upload_bytes:
+                self._sealing.seal(self.seal.upload, self.seal.vault.keys.current)
+        self._received += len(data)
 
     def discard(self) -> None:
         """Close and delete."""
@@ -102,18 +121,21 @@ class SpoolWriter:
         if self.superseded:
             raise UploadRefused("the upload was taken over by a newer connection, or is not wanted any more")
         self._spool._continued(segment, offset, len(data))
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[self._file.write(view) :]
-        except OSError:
-            self._file.seek(self._spool.received)
-            raise
-        self._spool._received += len(data)
+        self._spool._append(self._file, data)
 
     def close(self) -> None:
         """End the stream."""
         self._file.close()
+
+
+def _write_plain(file: BinaryIO, data: bytes, *, at: int) -> None:
+    view = memoryview(data)
+    try:
+        while view:
+            view = view[file.write(view) :]
+    except OSError:
+        file.seek(at)
+        raise
 
 
 class UploadSlots:

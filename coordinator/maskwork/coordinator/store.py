@@ -44,6 +44,8 @@ from maskwork.coordinator.records import (
     ResumeRecord,
     RolledBackRound,
 )
+from maskwork.coordinator.sealed_rows import RowSeal, forget_old_pages
+from maskwork.coordinator.vault import Vault
 from maskwork.database import open_engine, world_failures
 from maskwork.errors import StoreError
 
@@ -53,21 +55,32 @@ _DIGEST_BYTES = 32
 class Store:
     """The coordinator's database. Use `Store.open`, and `close` it, or use it as a context manager."""
 
-    def __init__(self, engine: Engine, *, file: str, lock: int | None, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, engine: Engine, *, file: str, lock: int | None, clock: Callable[[], float], vault: Vault | None = None
+    ) -> None:
         self._engine = engine
         self._reading_engine = engine.execution_options(maskwork_reading=True)
         self._file = file
         self._lock = lock
         self._clock = clock
+        self._seal = RowSeal(vault, file)
 
     @classmethod
-    def open(cls, url: str, *, busy_timeout_s: float = 5.0, clock: Callable[[], float] = time.time) -> Self:
+    def open(
+        cls,
+        url: str,
+        *,
+        busy_timeout_s: float = 5.0,
+        clock: Callable[[], float] = time.time,
+        vault: Vault | None = None,
+    ) -> Self:
         """Open the database at `url`, creating or migrating it as needed.
 
         Args:
             url: SQLAlchemy URL, for instance `sqlite:////var/lib/maskwork/coordinator.sqlite`.
             busy_timeout_s: How long a transaction waits for another one, in seconds.
             clock: Unix time in seconds, for the moment at which an attempt closes.
+            vault: What transcripts are encrypted with; None: they are not.
 
         Raises:
             StoreError: It cannot be opened or written, is in use, damaged, or of a newer schema; says which.
@@ -78,7 +91,7 @@ class Store:
         except BaseException:
             _unlock(lock)
             raise
-        return cls(engine, file=engine.url.database or url, lock=lock, clock=clock)
+        return cls(engine, file=engine.url.database or url, lock=lock, clock=clock, vault=vault)
 
     def close(self) -> None:
         """Close the database and let another process have it. Calling it again does nothing."""
@@ -241,20 +254,20 @@ class Store:
         with self._writing() as session:
             saved = session.get(tables.Resume, record.job_id)
             if saved is not None:
-                if saved.record() != record:
+                if self._seal.resume_of(saved) != record:
                     raise RuntimeError(f"job {record.job_id}: a session was saved before, with another content")
                 return
             attempt = _get_attempt(session, record.session_id)
             if attempt.closed_at is not None or attempt.job_id != record.job_id:
                 raise RuntimeError(f"job {record.job_id}: session {record.session_id.hex()} is not its open attempt")
-            session.add(tables.Resume.of(record))
+            session.add(tables.Resume.of(self._seal.resume(record)))
             session.add(tables.Release.of(_released(record, attempt.record(), _get_job(session, record.job_id))))
 
     def resume_record(self, job_id: str) -> ResumeRecord | None:
         """The session of a job that must be resumed rather than attempted anew, or None."""
         with self._reading() as session:
             row = session.get(tables.Resume, job_id)
-            return None if row is None else row.record()
+            return None if row is None else self._seal.resume_of(row)
 
     def releases(self, job_id: str) -> tuple[ReleasedSet, ...]:
         """Every survivor set of a job whose unmasking was asked for, in order."""
@@ -358,13 +371,24 @@ class Store:
             RuntimeError: If there is no such job or session.
         """
         with self._writing() as session:
-            session.add(tables.Evidence.of(evidence))
+            session.add(tables.Evidence.of(self._seal.evidence(evidence)))
 
     def evidence(self, job_id: str) -> tuple[EvidenceRecord, ...]:
         """The evidence gathered in a job, in order of recording."""
         query = select(tables.Evidence).where(tables.Evidence.job_id == job_id).order_by(tables.Evidence.position)
         with self._reading() as session:
-            return tuple(row.record() for row in session.scalars(query))
+            return tuple(self._seal.evidence_of(row) for row in session.scalars(query))
+
+    def reseal(self) -> int:
+        """Encrypt every transcript with the current key, and forget what was there; returns how many were not.
+
+        Raises:
+            StoreError: One does not open, or the disk fails; nothing was changed.
+        """
+        with world_failures(self._file):
+            changed = self._seal.reseal(self._engine)
+            forget_old_pages(self._engine)
+        return changed
 
     # Transactions
 
