@@ -27,6 +27,7 @@ from maskwork.coordinator.peers import Peer
 from maskwork.coordinator.records import JobRecord, JobState
 from maskwork.coordinator.rounds import PresentSite
 from maskwork.coordinator.store import Store
+from maskwork.coordinator.vault import Vault
 from maskwork.job import Cohort, JobSpec
 from maskwork.net.authority import Authority, IssuedIdentity
 from maskwork.net.identity import ParticipantVerifier, Role, fingerprint, to_der
@@ -36,7 +37,7 @@ from maskwork.secagg.keys import Segment, SoftwareSigner
 from maskwork.secagg.messages import ParticipantMessage, SessionClosed
 from maskwork.secagg.plan import RoundPlan
 from maskwork.secagg.ring import packed_size
-from maskwork.tensors import Schema, TensorSpec, read_vector, write_model
+from maskwork.tensors import Schema, TensorSpec, read_vector, write_model_to
 from maskwork.wire import codec
 from maskwork.wire.codec import OpenSession, UploadGrant, UploadReady
 from maskwork.wire.v1 import federation_pb2
@@ -264,11 +265,12 @@ class LocalCoordinator:
         ticks: Callable[[], float] = time.monotonic,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
         worker: InlineWorker | None = None,
+        vault: Vault | None = None,
     ) -> None:
         self.folder = folder
         self.worker = InlineWorker() if worker is None else worker
-        self.store = Store.open(f"sqlite:///{folder}/coordinator.sqlite")
-        self.models = ModelStore(folder / "models")
+        self.store = Store.open(f"sqlite:///{folder}/coordinator.sqlite", vault=vault)
+        self.models = ModelStore(folder / "models", vault=vault)
         sessions = folder / "sessions"
         sessions.mkdir(exist_ok=True)
         self.driver = Driver(
@@ -288,7 +290,10 @@ class LocalCoordinator:
     def add_job(self, job_id: str = "job-1", **changes: object) -> str:
         asked = spec(**changes)
         schema = Schema((TensorSpec("w", "F32", (PARAMETERS,)),))
-        digest = self.models.put(lambda path: write_model(path, schema, np.zeros(PARAMETERS, np.float32), {}))
+        zeros = np.zeros(PARAMETERS, np.float32)
+        digest = self.models.write_in_order(
+            lambda file: write_model_to(file, schema, zeros, {}, named="zeros"), max_bytes=4096
+        )
         self.store.add_job(
             JobRecord(
                 job_id=job_id,
@@ -378,10 +383,11 @@ async def federation(
     ticks: Callable[[], float] = time.monotonic,
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     worker: InlineWorker | None = None,
+    vault: Vault | None = None,
 ) -> AsyncIterator[tuple[LocalCoordinator, dict[str, LocalSite]]]:
     """A running coordinator, and sites that are not connected yet."""
     coordinator = LocalCoordinator(
-        folder, max_uploads=max_uploads, clock=clock, ticks=ticks, pause=pause, worker=worker
+        folder, max_uploads=max_uploads, clock=clock, ticks=ticks, pause=pause, worker=worker, vault=vault
     )
     coordinator.start()
     try:
@@ -399,7 +405,7 @@ async def connect_all(coordinator: LocalCoordinator, sites: dict[str, LocalSite]
 
 
 def model_of(coordinator: LocalCoordinator, digest: bytes) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    vector: np.ndarray[tuple[int], np.dtype[np.float32]] = read_vector(coordinator.models.path(digest))[1]
+    vector: np.ndarray[tuple[int], np.dtype[np.float32]] = read_vector(coordinator.models.file(digest))[1]
     return vector
 
 

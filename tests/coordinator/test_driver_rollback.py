@@ -24,6 +24,7 @@ from maskwork import job_events as events
 from maskwork.coordinator.board import EventBoard
 from maskwork.coordinator.jobs import JobDesk
 from maskwork.coordinator.records import AttemptOutcome, JobState
+from maskwork.coordinator.vault import Vault
 from maskwork.secagg.errors import DeclineCode
 from maskwork.secagg.messages import AdvertiseKeys, Decline
 from maskwork.wire.codec import OpenSession
@@ -51,9 +52,11 @@ def outcomes(coordinator: LocalCoordinator) -> list[tuple[int, int, AttemptOutco
     return [(a.round_number, a.attempt, a.outcome) for a in coordinator.store.attempts("job-1")]
 
 
-async def run_until(folder: Path, silent_after: int, *, rounds: int) -> tuple[LocalCoordinator, dict[str, LocalSite]]:
+async def run_until(
+    folder: Path, silent_after: int, *, rounds: int, vault: Vault | None = None
+) -> tuple[LocalCoordinator, dict[str, LocalSite]]:
     """Three sites commit `silent_after` rounds; in the next one site-c says nothing any more, and everything stops."""
-    coordinator, sites = LocalCoordinator(folder), {name: LocalSite(name) for name in THREE}
+    coordinator, sites = LocalCoordinator(folder, vault=vault), {name: LocalSite(name) for name in THREE}
     coordinator.start()
     coordinator.add_job(rounds=rounds)
     heard = {"count": 0}
