@@ -27,8 +27,9 @@ from rich.text import Text
 from maskwork.errors import UserError
 from maskwork.job import read_job_file
 from maskwork.job_events import JobDetails, JobSummary, PastAttempt
-from maskwork.jobs_client import JobsClient
+from maskwork.jobs_client import ExportedModel, JobsClient
 from maskwork.jobs_client import Progress as Moved
+from maskwork.model_commands import signature_file, verify, write_signature
 from maskwork.net.identity import IdentityFiles
 from maskwork.net.names import utc_text
 from maskwork.watch_state import bytes_text, dropped_text
@@ -154,19 +155,31 @@ def export(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """Fetch a job's model as safetensors; the file appears only when it is whole and its digest is right."""
+    """Fetch a job's model as safetensors, with its coordinator's signature beside it as FILE.sig.
+
+    The file appears only when it is whole, and its digest and signature are right; `maskwork model verify` checks both
+    again, at any time and offline.
+    """
     if output.exists() and not (force and output.is_file()):
         remedy = "name another, or add --force to replace it" if output.is_file() else "name a file"
         raise UserError(f"{output} is there already: {remedy}")
 
-    async def run() -> str:
+    async def run() -> ExportedModel:
         async with _client(coordinator, identity) as client:
             found = await client.find(job)
             with _Moving(f"fetching {output.name}") as moved:
-                model = await client.export(found.job_id, output, round_number=round_number or 0, progress=moved)
-            return f"{model.path}  {bytes_text(model.size)}  sha256 {model.digest.hex()}"
+                return await client.export(found.job_id, output, round_number=round_number or 0, progress=moved)
 
-    typer.echo(asyncio.run(run()))
+    model = asyncio.run(run())
+    if model.signed is None:
+        signature_file(output).unlink(missing_ok=True)  # of the file that was replaced
+        typer.echo("not signed: the coordinator is of a version before models were signed", err=True)
+    else:
+        write_signature(output, model.signed)
+    typer.echo(f"{model.path}  {bytes_text(model.size)}  sha256 {model.digest.hex()}")
+
+
+model_app.command("verify")(verify)
 
 
 def _client(coordinator: str, identity: Path) -> JobsClient:

@@ -15,6 +15,7 @@ Rules it upholds:
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import math
 import os
@@ -30,13 +31,14 @@ from typing import IO, TYPE_CHECKING, BinaryIO, Final, Self
 from maskwork.errors import StoreError, UserError
 from maskwork.job import JobSpec
 from maskwork.job_events import ConnectionLost, JobDetails, JobEvent, JobSummary, WatchEvent
+from maskwork.model_signature import SignedModel, check_file, verify_signed
 from maskwork.net import tls
 from maskwork.net.diagnosis import Target
-from maskwork.net.identity import IdentityFiles
+from maskwork.net.identity import IdentityFiles, TrustRoots
 from maskwork.net.permissions import PERMISSIONS
 from maskwork.tensors import read_schema
 from maskwork.wire.codec import WireError
-from maskwork.wire.job_codec import decode_details, decode_event, decode_job, printable
+from maskwork.wire.job_codec import decode_details, decode_event, decode_job, decode_signature, printable
 from maskwork.wire.v1 import jobs_pb2
 
 # isort: split
@@ -86,11 +88,16 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class ExportedModel:
-    """A model file that was fetched and checked: where it is, its SHA-256, its bytes."""
+    """A model file that was fetched and checked: where it is, its SHA-256, its bytes, and what its coordinator signed.
+
+    Attributes:
+        signed: The signature, verified; None from a coordinator that is too old to sign.
+    """
 
     path: Path
     digest: bytes
     size: int
+    signed: SignedModel | None = None
 
 
 class JobsClient:
@@ -290,11 +297,24 @@ class JobsClient:
         request = jobs_pb2.ExportModelRequest(job_id=job_id, round_number=round_number)
         call = self._stub.ExportModel(request)
         try:
-            return await _receive(call, to, progress=progress)
+            return await _receive(call, to, progress=progress, judge=functools.partial(self._judge, request))
+        except WireError as error:
+            raise self._garbled(error) from None
         except grpc.aio.AioRpcError as error:
             raise await self._failure(error.code(), error.details(), "ExportModel", job_id=job_id) from None
         finally:
             call.cancel()
+
+    def _judge(self, request: jobs_pb2.ExportModelRequest, signed: SignedModel, digest: bytes) -> None:
+        """Raise UserError unless the coordinator signed for this model, as that of the job and round asked for."""
+        roots = TrustRoots.from_file(self._files.ca)
+        check_file(verify_signed(signed, roots=roots, now=self._now()), digest, named="what the coordinator sent")
+        said, asked = signed.statement, request.round_number
+        if said.job_id != request.job_id or (asked and said.round_number != asked):
+            raise UserError(
+                f"the coordinator sent round {said.round_number} of job {said.job_id} where "
+                f"round {asked or 'the newest'} of {request.job_id} was asked for: tell its operator"
+            )
 
     async def _failure(self, code: grpc.StatusCode, details: str | None, method: str, *, job_id: str = "") -> UserError:
         """What a failed call means for the person who asked for it."""
@@ -375,6 +395,7 @@ async def _receive(
     to: Path,
     *,
     progress: Progress | None,
+    judge: Callable[[SignedModel, bytes], None],
 ) -> ExportedModel:
     """Write what arrives beside `to`, check it, and give it its name; a failure leaves nothing behind."""
     if not to.parent.is_dir():
@@ -383,7 +404,9 @@ async def _receive(
     try:
         with tempfile.NamedTemporaryFile(dir=to.parent, prefix=f".{to.name}.", delete=False) as file:
             temporary = Path(file.name)
-            digest, size = await _write_checked(call, file, to, progress=progress)
+            digest, size, signed = await _write_checked(call, file, to, progress=progress)
+            if signed is not None:
+                judge(signed, digest)
             os.fchmod(file.fileno(), 0o666 & ~_umask())  # 0600, as it is made, is not what a download should have
             file.flush()
             os.fsync(file.fileno())
@@ -394,7 +417,7 @@ async def _receive(
         if isinstance(error, OSError):
             raise StoreError.from_cause(error, file=to) from None
         raise
-    return ExportedModel(to, digest, size)
+    return ExportedModel(to, digest, size, signed)
 
 
 async def _write_checked(
@@ -403,11 +426,12 @@ async def _write_checked(
     to: Path,
     *,
     progress: Progress | None,
-) -> tuple[bytes, int]:
-    hashed, received, promised, size = hashlib.sha256(), 0, b"", 0
+) -> tuple[bytes, int, SignedModel | None]:
+    hashed, received, promised, size, signed = hashlib.sha256(), 0, b"", 0, None
     async for response in call:
         if not promised:
             promised, size = response.digest, response.size
+            signed = decode_signature(response.signature) if response.HasField("signature") else None
         received += len(response.data)
         if received > size:
             break
@@ -421,7 +445,7 @@ async def _write_checked(
             f"({received} of {size} bytes, SHA-256 {hashed.hexdigest()[:16]}… instead of {promised.hex()[:16]}…): "
             "try again; if it stays so, the coordinator's disk is damaged"
         )
-    return promised, size
+    return promised, size, signed
 
 
 def _umask() -> int:

@@ -143,13 +143,32 @@ async def test_abort(maskwork: Shell, service: FakeJobService) -> None:
     assert service.aborted == ["3f9a1c"]
 
 
-async def test_export_command(maskwork: Shell, service: FakeJobService, tmp_path: Path) -> None:
+async def test_export_command(maskwork: Shell, federation: Federation, service: FakeJobService, tmp_path: Path) -> None:
     service.model = bytes(range(256)) * 2000
+    service.signed = federation.signed(service.model, job_id=RUNNING.job_id, round_number=3)
     code, out, err = await maskwork("model", "export", "digits", "-o", tmp_path / "m.safetensors", "--round", "3")
     assert (code, err) == (0, "")
     assert hashlib.sha256(service.model).hexdigest() in out
     assert (tmp_path / "m.safetensors").read_bytes() == service.model
     assert service.exported_rounds == [3]
+    ca = str(federation.researcher.ca)
+    code, out, err = await maskwork("model", "verify", tmp_path / "m.safetensors", "--ca", ca)
+    assert (code, err) == (0, "")
+    assert f"job {RUNNING.job_id}, round 3" in out
+    (tmp_path / "m.safetensors").write_bytes(service.model[:-1])
+    code, out, err = await maskwork("model", "verify", tmp_path / "m.safetensors", "--ca", ca)
+    assert (code, out) == (1, "")
+    assert "is not the file that was signed" in err
+
+
+async def test_a_model_of_a_coordinator_that_does_not_sign_is_told_and_no_older_signature_stays(
+    maskwork: Shell, service: FakeJobService, tmp_path: Path
+) -> None:
+    service.model = bytes(1000)
+    (tmp_path / "m.sig").write_text("of a file that was here before")
+    code, _, err = await maskwork("model", "export", "digits", "-o", tmp_path / "m")
+    assert (code, err.startswith("not signed: ")) == (0, True)
+    assert not (tmp_path / "m.sig").exists()
 
 
 async def test_an_error_is_one_sentence_and_exit_code_1(maskwork: Shell, tmp_path: Path) -> None:

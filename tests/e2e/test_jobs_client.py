@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -282,6 +283,32 @@ async def test_export_checks_what_arrives(
     assert all(done <= total for done, total in moved), "no more is written than was promised"
     assert to.read_bytes() == b"an older model"
     assert list(tmp_path.iterdir()) == [to]
+
+
+@pytest.mark.parametrize("lie", ["another job", "another round", "another model", "another CA", "changed", "future"])
+async def test_export_checks_the_coordinators_signature_before_the_file_has_its_name(
+    federation: Federation, service: FakeJobService, target: str, tmp_path: Path, lie: str
+) -> None:
+    service.model = bytes(3000)
+    good = federation.signed(service.model, job_id=make.JOB, round_number=7)
+    if lie == "another CA":
+        stranger = Federation(tmp_path / "stranger")
+        service.signed = stranger.signed(service.model, job_id=make.JOB, round_number=7)
+    else:
+        service.signed = {
+            "another job": federation.signed(service.model, job_id="other", round_number=7),
+            "another round": federation.signed(service.model, job_id=make.JOB, round_number=6),
+            "another model": federation.signed(bytes(2999), job_id=make.JOB, round_number=7),
+            "changed": replace(good, statement=replace(good.statement, session_id=bytes(32))),
+            "future": federation.signed(service.model, job_id=make.JOB, round_number=7, signed_at=2**33),
+        }[lie]
+    to = tmp_path / "model.safetensors"
+    async with JobsClient(target, federation.researcher) as client:
+        with pytest.raises(UserError):
+            await client.export(make.JOB, to, round_number=7)
+        assert not to.exists()
+        service.signed = good
+        assert (await client.export(make.JOB, to, round_number=7)).signed == good
 
 
 async def test_export_into_a_directory_that_is_not_there(

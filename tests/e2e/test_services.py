@@ -72,6 +72,11 @@ async def test_sites_that_started_first_find_their_coordinator_and_a_job_complet
         async with world.client() as client:
             exported = await client.export(watch.job_id, tmp_path / "m.safetensors")
     assert exported.digest == ended.model_digest
+    assert exported.signed is not None  # and was checked against the federation's CA
+    said = exported.signed.statement
+    assert (said.federation, said.job_id, said.round_number) == ("ward", watch.job_id, 2)
+    opened = [e for e in watch.events if isinstance(e, events.AttemptOpened)]
+    assert said.session_id == opened[-1].session_id
     # The sites add 0.25, 0.5, 0.75 and 1 to both weights, which are 1 in the beginning: 0.625 a round.
     np.testing.assert_allclose(read_vector(exported.path)[1], 2.25, atol=1e-5)
 

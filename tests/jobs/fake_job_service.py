@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from maskwork.job_events import JobDetails, JobEvent, JobSummary
+from maskwork.model_signature import ModelStatement, SignedModel, sign_model
 from maskwork.net import tls
 from maskwork.net.authority import Authority
-from maskwork.net.identity import IdentityFiles, Role, TrustRoots
+from maskwork.net.diagnosis import load_private_key
+from maskwork.net.identity import IdentityFiles, Role, TrustRoots, load_certificate, to_der
 from maskwork.net.permissions import allowed
+from maskwork.secagg.keys import SoftwareSigner
 from maskwork.tensors import Schema, TensorSpec, write_model
-from maskwork.wire.job_codec import encode_details, encode_event, encode_job
+from maskwork.wire.job_codec import encode_details, encode_event, encode_job, encode_signature
 from maskwork.wire.v1 import jobs_pb2
 
 # isort: split
@@ -49,6 +52,23 @@ class Federation:
     def member(self, role: Role, name: str) -> IdentityFiles:
         return self.authority.issue(role, name, now=self.now).write(self.home / name)
 
+    def signed(self, model: bytes, *, job_id: str, round_number: int, signed_at: float | None = None) -> SignedModel:
+        """As the coordinator signs a model."""
+        digest = hashlib.sha256(model).digest()
+        statement = ModelStatement(
+            federation="ward",
+            job_id=job_id,
+            round_number=round_number,
+            session_id=b"\x05" * 32 if round_number else b"",
+            file_sha256=digest,
+            model_digest=digest,
+            signed_at=int(self.now if signed_at is None else signed_at),
+            audit_head=b"",
+            audit_size=0,
+            certificate=to_der(load_certificate(self.coordinator.cert)),
+        )
+        return sign_model(statement, SoftwareSigner(load_private_key(self.coordinator.key)))
+
 
 @dataclass
 class FakeJobService(JobServiceServicer):
@@ -65,6 +85,7 @@ class FakeJobService(JobServiceServicer):
     model: bytes = b""
     promised_digest: bytes | None = None
     promised_size: int | None = None
+    signed: SignedModel | None = None
     hold: asyncio.Event | None = None
     refuse_submit: str = ""
     submitted_spec: bytes = b""
@@ -143,7 +164,8 @@ class FakeJobService(JobServiceServicer):
         self.exported_rounds.append(request.round_number)
         digest = self.promised_digest or hashlib.sha256(self.model).digest()
         size = len(self.model) if self.promised_size is None else self.promised_size
-        yield jobs_pb2.ExportModelResponse(digest=digest, size=size)
+        signature = None if self.signed is None else encode_signature(self.signed)
+        yield jobs_pb2.ExportModelResponse(digest=digest, size=size, signature=signature)
         for at in range(0, len(self.model), EXPORT_CHUNK):
             yield jobs_pb2.ExportModelResponse(data=self.model[at : at + EXPORT_CHUNK])
 

@@ -29,6 +29,7 @@ from maskwork.job_events import (
     StageOpened,
     Waiting,
 )
+from maskwork.model_signature import ModelStatement, SignedModel
 from maskwork.wire.codec import WireError
 from maskwork.wire.v1 import jobs_pb2
 
@@ -308,3 +309,48 @@ def _finite(name: str, value: float) -> float:
 
 def _finite_map(values: Mapping[str, float]) -> dict[str, float]:
     return {printable(name): _finite(name, value) for name, value in values.items()}
+
+
+# --- a model's signature --------------------------------------------------------------------------------------------
+
+
+def encode_signature(signed: SignedModel) -> jobs_pb2.ModelSignature:
+    """A signature as it goes before the model."""
+    said = signed.statement
+    return jobs_pb2.ModelSignature(
+        federation=said.federation,
+        job_id=said.job_id,
+        round_number=said.round_number,
+        session_id=said.session_id,
+        file_sha256=said.file_sha256,
+        model_digest=said.model_digest,
+        signed_at=said.signed_at,
+        audit_head=said.audit_head,
+        audit_size=said.audit_size,
+        certificate=said.certificate,
+        signature=signed.signature,
+    )
+
+
+def decode_signature(message: jobs_pb2.ModelSignature) -> SignedModel:
+    """A signature as it came, not yet verified.
+
+    Raises:
+        WireError: It cannot be one.
+    """
+    try:
+        statement = ModelStatement(
+            federation=message.federation,
+            job_id=message.job_id,
+            round_number=message.round_number,
+            session_id=message.session_id,
+            file_sha256=message.file_sha256,
+            model_digest=message.model_digest,
+            signed_at=message.signed_at,
+            audit_head=message.audit_head,
+            audit_size=message.audit_size,
+            certificate=message.certificate,
+        )
+    except ValueError as error:
+        raise WireError(f"a model's signature that cannot be one: {error}") from None
+    return SignedModel(statement, message.signature)

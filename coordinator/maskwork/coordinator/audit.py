@@ -162,6 +162,10 @@ class Trail:
         self._given = (self.log.head, self.log.size)
         return self.log.head
 
+    def standing(self) -> tuple[bytes, int]:
+        """The head as it is now, and how many records are under it."""
+        return self.log.head, self.log.size
+
     def size_of(self, head: bytes) -> int | None:
         """How many records there were when the chain had this head; None: it never had."""
         if self._given[0] == head:

@@ -193,14 +193,19 @@ class JobDesk:
             Refused: no such job or round.
             StoreError: the file is missing or damaged.
         """
+        return self.committed(job_id, round_number)[0]
+
+    def committed(self, job_id: str, round_number: int) -> tuple[ModelFile, int, bytes]:
+        """As `model`, with the round that it came out of and that round's session; 0 and none for the initial model."""
         record = self._find(job_id)
-        digest = record.current_model
-        if round_number:
-            by_round = {r.round_number: r.model for r in self._store.rounds(job_id)}
-            if round_number not in by_round:
-                raise Refused(Refusal.NOT_FOUND, f"job {job_id} has no committed round {round_number}")
-            digest = by_round[round_number]
-        return self._models.file(digest)
+        by_round = {r.round_number: r for r in self._store.rounds(job_id)}
+        if round_number and round_number not in by_round:
+            raise Refused(Refusal.NOT_FOUND, f"job {job_id} has no committed round {round_number}")
+        newest = max((n for n, r in by_round.items() if r.model == record.current_model), default=0)
+        chosen = by_round.get(round_number or newest)
+        if chosen is None:
+            return self._models.file(record.current_model), 0, b""
+        return self._models.file(chosen.model), chosen.round_number, chosen.session_id
 
     def _rounds(self, job_id: str) -> tuple[RoundCommitted, ...]:
         opened = {a.session_id: a.opened_at for a in self._store.attempts(job_id)}

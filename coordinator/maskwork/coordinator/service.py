@@ -17,6 +17,7 @@ import structlog
 
 from maskwork.coordinator.audit import Trail
 from maskwork.coordinator.driver import Driver
+from maskwork.coordinator.exports import Exports
 from maskwork.coordinator.guard import MAX_DETAIL_LOGGED, caller
 from maskwork.coordinator.happenings import (
     JobAborted,
@@ -189,6 +190,7 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
         self._driver = driver
         self._desk = desk
         self._trail = trail
+        self._exports = Exports(lambda: driver.federation, desk, trail.standing)
 
     async def SubmitJob(
         self,
@@ -257,14 +259,16 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
         request: jobs_pb2.ExportModelRequest,
         context: grpc.aio.ServicerContext[jobs_pb2.ExportModelRequest, jobs_pb2.ExportModelResponse],
     ) -> AsyncIterator[jobs_pb2.ExportModelResponse]:
-        """A committed model, in chunks."""
-        model = self._desk.model(request.job_id, request.round_number)
+        """A committed model: first what is said of it, signed; then the model in chunks."""
+        model, signed = self._exports.of(request.job_id, request.round_number)
         self._trail.asked_for(
             "export", caller(), job=request.job_id, round_number=request.round_number, model=model.digest
         )
         with model.open() as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
+            signature = job_codec.encode_signature(signed)
+            yield jobs_pb2.ExportModelResponse(digest=model.digest, size=size, signature=signature)
             while data := file.read(CHUNK_BYTES):
                 yield jobs_pb2.ExportModelResponse(digest=model.digest, size=size, data=data)
 

@@ -313,23 +313,87 @@ class ExportModelResponse(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
     digest: _builtins.bytes
     size: _builtins.int
     data: _builtins.bytes
+    @_builtins.property
+    def signature(self) -> Global___ModelSignature:
+        """In the first message."""
+
     def __init__(
         self,
         *,
         digest: _builtins.bytes = ...,
         size: _builtins.int = ...,
         data: _builtins.bytes = ...,
+        signature: Global___ModelSignature | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["signature", b"signature"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "digest", b"digest", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "digest", b"digest", "signature", b"signature", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExportModelResponse: _TypeAlias = ExportModelResponse  # noqa: Y015
+
+@_typing.final
+class ModelSignature(_message.Message):
+    """What the coordinator says of a model that it hands out, signed with its certificate's key; docs/protocol.md says over
+    which bytes.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    ROUND_NUMBER_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    FILE_SHA256_FIELD_NUMBER: _builtins.int
+    MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    SIGNED_AT_FIELD_NUMBER: _builtins.int
+    AUDIT_HEAD_FIELD_NUMBER: _builtins.int
+    AUDIT_SIZE_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    federation: _builtins.str
+    job_id: _builtins.str
+    round_number: _builtins.int
+    """0: the initial model, as it was submitted."""
+    session_id: _builtins.bytes
+    """The session that the model came out of; empty for the initial model."""
+    file_sha256: _builtins.bytes
+    model_digest: _builtins.bytes
+    signed_at: _builtins.int
+    """Seconds since the epoch, by the coordinator's clock."""
+    audit_head: _builtins.bytes
+    """Head and length of the coordinator's audit log when it signed; empty and 0 without one."""
+    audit_size: _builtins.int
+    certificate: _builtins.bytes
+    """The coordinator's, DER."""
+    signature: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        federation: _builtins.str = ...,
+        job_id: _builtins.str = ...,
+        round_number: _builtins.int = ...,
+        session_id: _builtins.bytes = ...,
+        file_sha256: _builtins.bytes = ...,
+        model_digest: _builtins.bytes = ...,
+        signed_at: _builtins.int = ...,
+        audit_head: _builtins.bytes = ...,
+        audit_size: _builtins.int = ...,
+        certificate: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_head", b"audit_head", "audit_size", b"audit_size", "certificate", b"certificate", "federation", b"federation", "file_sha256", b"file_sha256", "job_id", b"job_id", "model_digest", b"model_digest", "round_number", b"round_number", "session_id", b"session_id", "signature", b"signature", "signed_at", b"signed_at"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelSignature: _TypeAlias = ModelSignature  # noqa: Y015
 
 @_typing.final
 class Job(_message.Message):
