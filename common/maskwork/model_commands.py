@@ -35,11 +35,11 @@ CommittedModels = Mapping[tuple[str, int], bytes]
 """(job, round) → the digest of the model that the round's commit record names."""
 
 
-class AuditLog(Protocol):
-    """What is asked of `maskwork.audit`."""
+class AuditReader(Protocol):
+    """What is asked of `maskwork.audit.committed`."""
 
-    def committed_models(self, log: Path) -> CommittedModels:
-        """The models of a log's commit records, without those of rounds that were rolled back."""
+    def committed_models(self, log: Path, roots: TrustRoots) -> CommittedModels:
+        """Verify a coordinator's log and give the models of its commits, but for those that were rolled back."""
         ...
 
 
@@ -78,8 +78,8 @@ def verify(
     ] = None,
 ) -> None:
     """Say which coordinator signed a model and which round it came out of; exit code 1 if anything is not so."""
-    signature = signature or signature_file(file)
-    verified = verified_model(file, signature, roots=_roots(ca), now=time.time())
+    signature, roots = signature or signature_file(file), _roots(ca)
+    verified = verified_model(file, signature, roots=roots, now=time.time())
     said = verified.statement
     typer.echo(f"{file}: signed by {verified.signer.identity.uri} at {_moment(said.signed_at)}")
     came = f"round {said.round_number}, session {said.session_id.hex()}" if said.round_number else "its initial model"
@@ -93,7 +93,7 @@ def verify(
             "the time that it carries, which whoever holds that key could make up: see that the audit log agrees"
         )
     if audit is not None:
-        check_audit(verified, committed_models(audit), log=audit)
+        check_audit(verified, committed_models(audit, roots), log=audit)
         typer.echo(f"  {audit}: that round committed this model")
 
 
@@ -131,17 +131,17 @@ def check_audit(verified: Verified, committed: CommittedModels, *, log: Path) ->
         raise UserError(f"{log}: {where} committed the model {found.hex()}, not {said.model_digest.hex()}")
 
 
-def committed_models(log: Path) -> CommittedModels:
-    """What the audit log's commit records name.
+def committed_models(log: Path, roots: TrustRoots) -> CommittedModels:
+    """What the audit log's commit records name, once the log itself has been verified.
 
     Raises:
         UserError: It cannot be read, or this installation has no reader of audit logs.
     """
     try:
-        reader = cast("AuditLog", importlib.import_module("maskwork.audit"))
+        reader = cast("AuditReader", importlib.import_module("maskwork.audit.committed"))
     except ModuleNotFoundError:
         raise UserError("this version cannot read audit logs: leave --audit out") from None
-    return reader.committed_models(log)
+    return reader.committed_models(log, roots)
 
 
 def _roots(ca: Path) -> TrustRoots:

@@ -13,6 +13,7 @@ Rules it upholds:
 2. A worker that died is told as `WorkerDied`, with the signal; the next call starts another.
 3. A call that is cancelled ends its worker: nobody waits behind work that nobody wants.
 4. Ctrl-C reaches the parent alone, which decides what becomes of the work.
+5. A worker that crashes leaves no core dump, whatever its parent is allowed.
 """
 
 import asyncio
@@ -29,6 +30,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.reduction import ForkingPickler
 from typing import Final, ParamSpec, TypeAlias, TypeVar, cast
+
+from maskwork.dumps import forbid_core_dumps
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -271,6 +274,7 @@ def _pickled(value: object) -> bytes:
 
 
 def _serve(pipe: "Connection[object, object]") -> None:
+    forbid_core_dumps()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()

@@ -47,13 +47,15 @@ class Service:
     async def start(
         cls, name: str, *arguments: str, environment: dict[str, str] | None = None, log: Path | None = None
     ) -> "Service":
-        process = await asyncio.create_subprocess_exec(
-            MASKWORK,
-            *arguments,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, **(environment or {})},
-        )
+        with open(os.devnull if log is None else log.with_suffix(".out"), "wb") as stdout:
+            process = await asyncio.create_subprocess_exec(
+                MASKWORK,
+                *arguments,
+                stdout=stdout,
+                stderr=asyncio.subprocess.PIPE,
+                # Tests look at what /proc tells of their services, which is root's alone otherwise.
+                env={**os.environ, "MASKWORK_DEBUGGABLE": "1", **(environment or {})},
+            )
         return cls(name, process, log)
 
     async def _read(self) -> None:

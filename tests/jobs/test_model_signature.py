@@ -255,7 +255,7 @@ def test_the_audit_log_has_to_have_committed_this_very_model(model: Path) -> Non
 
 def test_an_audit_log_that_cannot_be_read_is_never_a_log_that_agrees(tmp_path: Path) -> None:
     with pytest.raises(UserError):
-        committed_models(tmp_path / "no-such-log")
+        committed_models(tmp_path / "no-such-log", AUTHORITY.roots)
 
 
 def test_the_command_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

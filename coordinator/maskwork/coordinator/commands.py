@@ -10,6 +10,7 @@ import typer
 
 from maskwork import logs
 from maskwork.coordinator.config import read_config
+from maskwork.dumps import forbid_core_dumps
 
 app = typer.Typer(help="Run the coordinator.", no_args_is_help=True)
 
@@ -25,6 +26,7 @@ Config = Annotated[Path, typer.Option("--config", help="TOML file; see docs/conf
 @app.command()
 def run(config: Config) -> None:
     """Run the coordinator until SIGTERM."""
+    forbid_core_dumps()
     settings = read_config(config)
     logs.configure(settings.log_level)
     from maskwork.coordinator.server import serve  # gRPC is loaded only where it is needed
@@ -66,6 +68,7 @@ def new_key(
 
     Whoever loses it loses the models: keep a copy where the state directory is not.
     """
+    forbid_core_dumps()
     from maskwork.coordinator.at_rest_key import write_new_key  # cryptography is loaded only where it is needed
 
     key = write_new_key(output)
@@ -81,6 +84,7 @@ def rotate_key(config: Config) -> None:
     The key before it is given as old_key_file, old_key_env or old_key_command; files and records that are not encrypted
     yet are encrypted. Interrupted, it can be run again.
     """
+    forbid_core_dumps()
     settings = read_config(config)
     from maskwork.coordinator.at_rest import rotate_state
     from maskwork.net.identity import IdentityFiles, certificate_identity, load_certificate

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from maskwork import logs
+from maskwork.dumps import forbid_core_dumps
 from maskwork.participant.audit_commands import accept_history
 from maskwork.participant.config import read_config
 from maskwork.participant.policy_commands import check_policy, plans
@@ -30,6 +31,7 @@ Config = Annotated[Path, typer.Option("--config", help="TOML file; see docs/conf
 @app.command()
 def run(config: Config) -> None:
     """Dial out to the coordinator and take part in jobs until SIGTERM."""
+    forbid_core_dumps()
     settings = read_config(config)
     logs.configure(settings.log_level)
     from maskwork.participant.process import participate  # gRPC is loaded only where it is needed
