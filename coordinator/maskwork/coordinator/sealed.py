@@ -135,7 +135,9 @@ class SealedWriter:
         self._key = entropy(KEY_BYTES)
         self._aead = AESGCM(self._key)
         self._entropy = entropy
-        self._tail = bytearray()
+        self._tail = memoryview(bytearray(chunk_bytes))  # made once: fresh pages cost more than the cipher
+        self._filled = 0
+        self._sealed = memoryview(bytearray(chunk_bytes + _TAG_BYTES))
         self._chunks = 0
         self._size = 0
         self._finished = False
@@ -161,10 +163,11 @@ class SealedWriter:
         view = memoryview(data).cast("B")
         total = len(view)
         while view:
-            if len(self._tail) == self._chunk_bytes:  # only now: the last chunk is sealed as the last one
+            if self._filled == self._chunk_bytes:  # only now: the last chunk is sealed as the last one
                 self._seal_chunk(last=False)
-            taken = view[: self._chunk_bytes - len(self._tail)]
-            self._tail += taken
+            taken = view[: self._chunk_bytes - self._filled]
+            self._tail[self._filled : self._filled + len(taken)] = taken
+            self._filled += len(taken)
             self._size += len(taken)
             view = view[len(taken) :]
         return total
@@ -180,6 +183,7 @@ class SealedWriter:
             self._seal_chunk(last=True)
             self._file.flush()
             self._finished = True
+            self._tail = self._sealed = memoryview(b"")
 
     def seal(self, binding: Binding, key: MasterKey) -> None:
         """Say what the file is and who can open it, and finish it."""
@@ -199,12 +203,14 @@ class SealedWriter:
     def _seal_chunk(self, *, last: bool) -> None:
         if self._broken:
             raise OSError(errno.EIO, "an earlier write to this file failed")
-        sealed = self._aead.encrypt(_nonce(self._chunks, last=last), self._tail, _CHUNK_LABEL)
+        sealed = self._sealed[: self._filled + _TAG_BYTES]
+        nonce = _nonce(self._chunks, last=last)
+        self._aead.encrypt_into(nonce, self._tail[: self._filled], _CHUNK_LABEL, sealed)
         self._broken = True
         _write_all(self._file, sealed)
         self._broken = False
         self._chunks += 1
-        self._tail.clear()
+        self._filled = 0
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -222,7 +228,8 @@ class SealedReader(io.RawIOBase):
         self._chunks = _chunks_of(size, chunk_bytes)
         self._at = 0
         self._open_chunk = -1
-        self._plain = b""
+        length = min(size, chunk_bytes)
+        self._plain, self._sealed = memoryview(bytearray(length)), memoryview(bytearray(length + _TAG_BYTES))
         found = os.fstat(file.fileno()).st_size
         expected = HEADER_BYTES + size + self._chunks * _TAG_BYTES
         if found != expected:
@@ -272,9 +279,21 @@ class SealedReader(io.RawIOBase):
             self._at += len(piece)
         return done
 
+    def read(self, size: int = -1) -> bytes:
+        """Up to `size` bytes, fewer at the end alone; all that is left without a size. Raises as `readinto`."""
+        left = max(0, self._size - self._at)
+        wanted = left if size < 0 else min(size, left)
+        number, within = divmod(self._at, self._chunk_bytes)
+        if 0 < wanted <= self._length_of(number) - within:  # the usual case: one copy
+            self._at += wanted
+            return bytes(self._chunk(number)[within : within + wanted])
+        into = bytearray(wanted)
+        self.readinto(into)
+        return bytes(into)
+
     def close(self) -> None:
         """Close the file, and forget the chunk that is open."""
-        self._plain = b""
+        self._plain = self._sealed = memoryview(b"")
         self._open_chunk = -1
         self._file.close()
         super().close()
@@ -289,15 +308,21 @@ class SealedReader(io.RawIOBase):
 
     def _chunk(self, number: int) -> memoryview:
         if number != self._open_chunk:
+            self._open_chunk = -1  # what is in the buffer is none from here on
+            sealed = self._sealed[: self._length_of(number) + _TAG_BYTES]
             self._file.seek(HEADER_BYTES + number * (self._chunk_bytes + _TAG_BYTES))
-            sealed = self._file.read(self._chunk_bytes + _TAG_BYTES)
+            if _read_all(self._file, sealed) != len(sealed):
+                raise self._damaged("became shorter while it was being read")
             try:
                 nonce = _nonce(number, last=number == self._chunks - 1)
-                self._plain = self._aead.decrypt(nonce, sealed, _CHUNK_LABEL)
+                self._aead.decrypt_into(nonce, sealed, _CHUNK_LABEL, self._plain[: len(sealed) - _TAG_BYTES])
             except InvalidTag:
                 raise self._damaged(f"is damaged or was changed, in chunk {number}") from None
             self._open_chunk = number
-        return memoryview(self._plain)
+        return self._plain[: self._length_of(number)]
+
+    def _length_of(self, number: int) -> int:
+        return min(self._chunk_bytes, self._size - number * self._chunk_bytes)
 
     def _damaged(self, what: str) -> SealDamaged:
         return SealDamaged(what, file=self._file.name, remedy=_COPY_BACK)
@@ -508,6 +533,13 @@ def _write_all(file: BinaryIO, data: ReadableBuffer) -> None:
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]
+
+
+def _read_all(file: BinaryIO, into: memoryview) -> int:
+    done = 0
+    while done < len(into) and (length := file.readinto(into[done:])):  # type: ignore[attr-defined]  # of a FileIO
+        done += length
+    return done
 
 
 def _write_slot(file: BinaryIO, slot: int, content: bytes) -> None:
