@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from tests.coordinator.local_federation import (
 )
 from tests.coordinator.test_driver_rollback import break_file, run_until
 
-from maskwork.coordinator import at_rest, sealed
+from maskwork.coordinator import aggregation, at_rest, sealed
 from maskwork.coordinator.at_rest import open_vault, rotate
 from maskwork.coordinator.at_rest_key import Encryption
 from maskwork.coordinator.models import ModelDamaged, ModelStore
@@ -45,6 +46,7 @@ from maskwork.tensors import read_vector
 FIRST, SECOND = (MasterKey(hashlib.sha256(bytes([i])).digest()) for i in range(2))
 VAULT = Vault("ward", MasterKeys(FIRST))
 ROTATING = Vault("ward", MasterKeys(SECOND, FIRST), accept_plain=True)
+TRANSCRIPT = b"transcript " * 10_000  # longer than a page of the database
 ROTATED = Vault("ward", MasterKeys(SECOND))
 
 
@@ -139,7 +141,7 @@ async def test_without_encryption_that_transcript_would_be_found(tmp_path: Path)
 
 
 def add_evidence(store: Store, session: bytes, accused: str) -> None:
-    store.add_evidence(EvidenceRecord("job-1", session, "dealer-equivocated", accused, b"transcript " * 9, NOW))
+    store.add_evidence(EvidenceRecord("job-1", session, "dealer-equivocated", accused, TRANSCRIPT, NOW))
 
 
 async def test_an_encrypted_record_opens_in_its_own_row_alone(tmp_path: Path) -> None:
@@ -148,7 +150,7 @@ async def test_an_encrypted_record_opens_in_its_own_row_alone(tmp_path: Path) ->
         session = store.attempts("job-1")[0].session_id
         for accused in ("site-a", "site-b"):
             add_evidence(store, session, accused)
-        assert [e.transcript for e in store.evidence("job-1")] == [b"transcript " * 9] * 2
+        assert [e.transcript for e in store.evidence("job-1")] == [TRANSCRIPT] * 2
         with store._engine.begin() as connection:
             rows = connection.exec_driver_sql("SELECT transcript FROM evidence").scalars().all()
             assert not any(b"transcript" in row for row in rows)
@@ -156,7 +158,7 @@ async def test_an_encrypted_record_opens_in_its_own_row_alone(tmp_path: Path) ->
         with pytest.raises(StoreError, match="changed, or is another one's"):
             store.evidence("job-1")
         with store._engine.begin() as connection:
-            connection.exec_driver_sql("UPDATE evidence SET transcript = ?", (b"transcript " * 9,))
+            connection.exec_driver_sql("UPDATE evidence SET transcript = ?", (TRANSCRIPT,))
         with pytest.raises(NotSealed, match="accept_plain"):
             store.evidence("job-1")
     with Store.open(f"sqlite:///{tmp_path}/coordinator.sqlite") as store:
@@ -187,6 +189,26 @@ def test_an_upload_that_is_cut_goes_on_where_it_was_and_is_never_plain_on_the_di
     assert not any(body[start : start + 16] in raw for start in range(0, len(body) - 16, 997))
     with pytest.raises(StoreError, match="is not the upload"):  # another member's upload in its place
         VAULT.open(tmp_path / "u", VAULT.upload(session, 2))
+
+
+def test_an_upload_of_another_length_or_member_changes_nothing_and_leaves_no_file(tmp_path: Path) -> None:
+    shape = SessionShape(parameters=1000, ring_bits=20, statistics=2)
+    accumulator, session = tmp_path / "accumulator", bytes(32)
+    aggregation.create_accumulator(accumulator, shape, seal=(VAULT, session))
+    before = accumulator.read_bytes()
+    seal = UploadSeal(VAULT, VAULT.accumulator(session), VAULT.upload(session, 1))
+    for length in (0, shape.upload_bytes - 1, shape.upload_bytes + 1):
+        with (tmp_path / "upload").open("w+b", buffering=0) as file:
+            writer = sealed.SealedWriter(file)
+            writer.write(bytes(length))
+            writer.seal(seal.upload, FIRST)
+        with pytest.raises(ValueError, match=f"{length} bytes where"):
+            aggregation.add_upload(accumulator, tmp_path / "upload", shape, seal)
+        other = replace(seal, upload=VAULT.upload(session, 2))
+        with pytest.raises(StoreError, match="is not the upload"):
+            aggregation.add_upload(accumulator, tmp_path / "upload", shape, other)
+    assert accumulator.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["accumulator", "upload"]
 
 
 # --- keys that are missing or wrong ---------------------------------------------------------------------------------
@@ -309,7 +331,11 @@ async def test_encryption_is_turned_on_for_a_state_that_was_plain(tmp_path: Path
     sites = await stopped_before_unmasking(state, None)
     plain = files_under(state / "models")
     with Store.open(f"sqlite:///{state}/coordinator.sqlite") as store:
-        add_evidence(store, store.attempts("job-1")[0].session_id, "site-a")
+        for accused in ("site-a", "site-b"):
+            add_evidence(store, store.attempts("job-1")[0].session_id, accused)
+        with store._engine.begin() as connection:  # its pages are free now, and still say what they said
+            connection.exec_driver_sql("DELETE FROM evidence WHERE accused = 'site-b'")
+    assert b"transcript transcript" in b"".join(files_under(state).values())
     with pytest.raises(NotSealed):
         open_vault(settings(keys, FIRST), federation="ward", state=state)
     converting = open_vault(settings(keys, FIRST, accept_plain=True), federation="ward", state=state)
