@@ -6,16 +6,15 @@ It judges nothing itself (`maskwork.model_signature` does, and `maskwork.audit` 
 
 from __future__ import annotations
 
-import importlib
 import secrets
 import time
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Protocol, cast
+from typing import Annotated
 
 import typer
 
+from maskwork.audit.committed import CommittedModels, committed_models
 from maskwork.errors import StoreError, UserError
 from maskwork.model_signature import (
     MAX_FILE_BYTES,
@@ -30,17 +29,6 @@ from maskwork.net.authority import CA_CERTIFICATE_FILE
 from maskwork.net.identity import TrustRoots
 from maskwork.net.names import utc_text
 from maskwork.tensors import model_digest
-
-CommittedModels = Mapping[tuple[str, int], bytes]
-"""(job, round) → the digest of the model that the round's commit record names."""
-
-
-class AuditReader(Protocol):
-    """What is asked of `maskwork.audit.committed`."""
-
-    def committed_models(self, log: Path, roots: TrustRoots) -> CommittedModels:
-        """Verify a coordinator's log and give the models of its commits, but for those that were rolled back."""
-        ...
 
 
 def signature_file(model: Path) -> Path:
@@ -115,7 +103,7 @@ def verified_model(file: Path, signature: Path, *, roots: TrustRoots, now: float
 
 
 def check_audit(verified: Verified, committed: CommittedModels, *, log: Path) -> None:
-    """Check that the audit log has the round, with this very model.
+    """Check that the audit log has the round, with this very model, and stood once where the signature says.
 
     Raises:
         UserError: It has not.
@@ -123,25 +111,19 @@ def check_audit(verified: Verified, committed: CommittedModels, *, log: Path) ->
     said = verified.statement
     if not said.round_number:
         raise UserError(f"{log}: this is the initial model of job {said.job_id}; no round committed it")
-    found = committed.get((said.job_id, said.round_number))
+    if said.audit_head and (
+        said.audit_size >= len(committed.heads) or committed.heads[said.audit_size] != said.audit_head
+    ):
+        raise UserError(
+            f"{log} is not the log that the coordinator kept when it signed: its head after {said.audit_size} records "
+            "is another, or it ends before. Keep both files: together they show that history was rewritten"
+        )
+    found = committed.models.get((said.job_id, said.round_number))
     where = f"job {said.job_id}, round {said.round_number}"
     if found is None:
         raise UserError(f"{log} has no commit of {where}: it is another log, or ends before, or the signature lies")
     if found != said.model_digest:
         raise UserError(f"{log}: {where} committed the model {found.hex()}, not {said.model_digest.hex()}")
-
-
-def committed_models(log: Path, roots: TrustRoots) -> CommittedModels:
-    """What the audit log's commit records name, once the log itself has been verified.
-
-    Raises:
-        UserError: It cannot be read, or this installation has no reader of audit logs.
-    """
-    try:
-        reader = cast("AuditReader", importlib.import_module("maskwork.audit.committed"))
-    except ModuleNotFoundError:
-        raise UserError("this version cannot read audit logs: leave --audit out") from None
-    return reader.committed_models(log, roots)
 
 
 def _roots(ca: Path) -> TrustRoots:

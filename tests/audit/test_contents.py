@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from tests.audit.recorded import judged, recorded, rewritten, rewritten_with_plans, signed_plan, site_signer
-from tests.simulation.identities import COORDINATOR_CERTIFICATE, member
+from tests.simulation.identities import COORDINATOR_CERTIFICATE, ROOTS, member
 
+from maskwork.audit.committed import committed_models
 from maskwork.audit.contents import Facts
 from maskwork.audit.lines import decode_line
 from maskwork.audit.records import (
@@ -30,6 +31,7 @@ from maskwork.audit.records import (
     SetsSigned,
     Survivors,
 )
+from maskwork.errors import UserError
 from maskwork.net.identity import fingerprint
 from maskwork.secagg.plan import RosterEntry
 from maskwork.wire.plan_codec import decode_plan
@@ -301,3 +303,20 @@ def test_a_drop_says_why() -> None:
     dropped = recorded().entries[recorded().index_of("dropped")].record
     assert isinstance(dropped, Dropped)
     assert (dropped.participant, dropped.reason) == ("site-5", "disconnected")
+
+
+def test_the_models_that_a_log_committed_are_read_from_a_log_that_is_whole(tmp_path: Path) -> None:
+    log, lines = tmp_path / "log", recorded().coordinator
+    log.write_bytes(b"".join(lines))
+    found = committed_models(log, ROOTS)
+    commits = [e.record for e in recorded().entries if isinstance(e.record, Committed)]
+    assert found.models == {(c.job, c.round_number): c.model_out for c in commits}
+    assert len(found.models) == 3
+    assert len(found.heads) == len(lines) + 1
+
+    log.write_bytes(b"".join(lines[:5] + lines[6:]))
+    with pytest.raises(UserError, match="not to be relied upon: record 5"):
+        committed_models(log, ROOTS)
+    log.write_bytes(b"".join(recorded().sites["site-1"]))
+    with pytest.raises(UserError, match="a site's log"):
+        committed_models(log, ROOTS)

@@ -53,12 +53,12 @@ def test_the_commands_of_the_page_run_and_print_what_it_shows(
         ledger.record_refused_plan(offered)
     Path("policy.toml").write_text(block_after("strict policy"))
     lines = next(b.text for b in BLOCKS if b.page == PAGE and b.language == "sh").splitlines()
-    listing, printing, checking = (words(line) for line in lines)
+    listing, printing, checking = [words(line) for line in lines]
 
     code, listed = maskwork(listing[1:], capsys)
     assert (code, "declined: cohort 4 < 6" in listed) == (0, True)
     at = printing.index("--json") + 1
-    *asked, redirect, file = [*printing[1:at], offered.session_id.hex()[:4], *printing[at + 1 :]]
+    asked, (redirect, file) = [*printing[1:at], offered.session_id.hex()[:4], *printing[at + 1 : -2]], printing[-2:]
     code, printed = maskwork(asked, capsys)
     assert (code, redirect) == (0, ">")
     Path(file).write_text(printed)

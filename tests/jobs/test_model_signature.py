@@ -12,10 +12,10 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from maskwork.audit.committed import CommittedModels, committed_models
 from maskwork.errors import UserError
 from maskwork.model_commands import (
     check_audit,
-    committed_models,
     signature_file,
     verified_model,
     verify,
@@ -237,20 +237,38 @@ def test_a_signature_survives_the_wire() -> None:
 # --- the audit log --------------------------------------------------------------------------------------------------
 
 
+def standing(models: dict[tuple[str, int], bytes]) -> CommittedModels:
+    """A log with these commits, that stood where every signature here says."""
+    said = signed().statement
+    heads = [bytes(32)] * (said.audit_size + 1)
+    heads[said.audit_size] = said.audit_head or bytes(32)
+    return CommittedModels(models, tuple(heads))
+
+
 def test_the_audit_log_has_to_have_committed_this_very_model(model: Path) -> None:
     verified = verified_model(model, signature_file(model), roots=AUTHORITY.roots, now=NOW)
     log = Path("audit.log")
-    check_audit(verified, {("digits-1a2b", 7): DIGEST, ("digits-1a2b", 8): bytes(32)}, log=log)
+    check_audit(verified, standing({("digits-1a2b", 7): DIGEST, ("digits-1a2b", 8): bytes(32)}), log=log)
     for committed, says in (
         ({}, "has no commit of job digits-1a2b, round 7"),
         ({("digits-1a2b", 8): DIGEST, ("other", 7): DIGEST}, "has no commit"),
         ({("digits-1a2b", 7): bytes(32)}, f"committed the model {bytes(32).hex()}, not {DIGEST.hex()}"),
     ):
         with pytest.raises(UserError, match=says):
-            check_audit(verified, committed, log=log)
+            check_audit(verified, standing(committed), log=log)
     initial = verify_signed(signed(round_number=0, session_id=b""), roots=AUTHORITY.roots, now=NOW)
     with pytest.raises(UserError, match="no round committed it"):
-        check_audit(initial, {("digits-1a2b", 0): DIGEST}, log=log)
+        check_audit(initial, standing({("digits-1a2b", 0): DIGEST}), log=log)
+
+
+def test_the_audit_log_has_to_have_stood_where_the_signature_says() -> None:
+    head, log = hashlib.sha256(b"head").digest(), Path("audit.log")
+    models = {("digits-1a2b", 7): DIGEST}
+    verified = verify_signed(signed(audit_head=head, audit_size=2), roots=AUTHORITY.roots, now=NOW)
+    check_audit(verified, CommittedModels(models, (bytes(32), bytes(32), head)), log=log)
+    for heads in ((bytes(32), head), (bytes(32), bytes(32), bytes(32), head)):
+        with pytest.raises(UserError, match="head after 2 records"):
+            check_audit(verified, CommittedModels(models, heads), log=log)
 
 
 def test_an_audit_log_that_cannot_be_read_is_never_a_log_that_agrees(tmp_path: Path) -> None:
