@@ -16,7 +16,7 @@ from tests.simulation.identities import ROOTS
 from typer.testing import CliRunner
 
 from maskwork.audit.lines import decode_line
-from maskwork.audit.records import Dropped, Record
+from maskwork.audit.records import Dropped, JobEnded, Record
 from maskwork.audit.report import Outcome
 from maskwork.audit_commands import app
 from maskwork.errors import UserError
@@ -191,11 +191,13 @@ def test_what_others_said_is_escaped(folder: Path) -> None:
         for at, (record, when) in enumerate(records):
             if isinstance(record, Dropped):
                 records[at] = (record.model_copy(update={"detail": evil}), when)
+            if isinstance(record, JobEnded):
+                records[at] = (record.model_copy(update={"reason": evil}), when)
 
     write(folder / "log", rewritten(LOG, lie))
     page = report(folder)[2]
     assert "<script" not in page
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 2
 
 
 def test_without_a_sites_log_what_it_would_show_is_not_claimed(folder: Path) -> None:
