@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 from cryptography import x509
@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from rich.console import Console
 from rich.text import Text
 
-from maskwork.net.authority import CA_CERTIFICATE_FILE, CA_DAYS, CA_KEY_FILE, LEAF_DAYS, Authority
+from maskwork.net.authority import CA_CERTIFICATE_FILE, CA_DAYS, CA_KEY_FILE, LEAF_DAYS, Authority, refuse_existing
 from maskwork.net.diagnosis import check_own_files
 from maskwork.net.identity import (
     IdentityError,
@@ -29,15 +29,18 @@ from maskwork.net.identity import (
     fingerprint,
     load_certificate,
     read_identity_file,
+    serial_bytes,
     to_der,
 )
 from maskwork.net.names import named, utc_text
+from maskwork.net.register import Register
+from maskwork.pki_register_commands import EXPIRES_SOON_S, add_to
 
 app = typer.Typer(
     help="Make a federation's CA, issue certificates, look at them.", no_args_is_help=True, add_completion=False
 )
 
-_EXPIRES_SOON_S: Final = 30 * 86400
+add_to(app)
 
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 
@@ -71,7 +74,9 @@ def issue(
     """Make a member's key and certificate."""
     now = time.time()
     authority = Authority.load(ca)
+    refuse_existing(IdentityFiles.in_directory(out), overwrite=force)
     issued = authority.issue(role, name, now=now, days=days, dns_names=dns or (), ip_addresses=ip or ())
+    Register(ca).record(x509.load_pem_x509_certificate(issued.cert_pem))
     files = issued.write(out, overwrite=force)
     verified = check_own_files(files, now=now, role=role, roots=authority.roots)
     typer.echo(f"{verified.identity.uri}, valid until {_moment(verified.not_after)}")
@@ -130,6 +135,10 @@ def _certificate_file(path: Path) -> Path:
 def _rows(path: Path, now: float) -> list[tuple[str, str]]:
     if b"PRIVATE KEY" in read_identity_file(path):
         return [("what", "a private key"), *_mode_rows(path)]
+    if _is_bundle(path):
+        roots = TrustRoots.from_file(path).certificates
+        until = [f"{fingerprint(to_der(root)).hex()} until {utc_text(root.not_valid_after_utc)}" for root in roots]
+        return [("who", f"{len(roots)} certificate authorities"), *(("fingerprint", text) for text in until)]
     certificate = load_certificate(path)
     rows = [("subject", named(certificate.subject)), ("signed by", named(certificate.issuer))]
     try:
@@ -142,9 +151,10 @@ def _rows(path: Path, now: float) -> list[tuple[str, str]]:
         rows[:0] = [("who", identity.uri), ("role", identity.role.value), ("name", identity.name)]
         rows.append(("hosts", ", ".join(_hosts(certificate)) or "none: it only dials out"))
     remaining_s = certificate.not_valid_after_utc.timestamp() - now
-    soon = f", in {remaining_s / 86400:.0f} days" if 0 < remaining_s < _EXPIRES_SOON_S else ""
+    soon = f", in {remaining_s / 86400:.0f} days" if 0 < remaining_s < EXPIRES_SOON_S else ""
     rows.append(("valid from", utc_text(certificate.not_valid_before_utc)))
     rows.append(("valid until", utc_text(certificate.not_valid_after_utc) + soon))
+    rows.append(("serial", serial_bytes(certificate).hex()))
     rows.append(("fingerprint", fingerprint(to_der(certificate)).hex()))
     return rows
 
@@ -160,6 +170,10 @@ def _judge(path: Path, ca: Path | None, now: float) -> str | None:
     if b"PRIVATE KEY" in read_identity_file(file):
         _judge_key(file)
         return None
+    if _is_bundle(file):
+        roots = TrustRoots.from_file(file)
+        roots.check_validity(now)
+        return "; ".join(roots.out_of_date(now)) or None
     certificate = load_certificate(file)
     if _is_ca(certificate):
         _judge_ca(certificate, file, ca, now=now)
@@ -169,6 +183,11 @@ def _judge(path: Path, ca: Path | None, now: float) -> str | None:
         return "nothing wrong that can be seen without the CA: add --ca ca.pem"
     _roots(ca).verify(to_der(certificate), now=now)
     return None
+
+
+def _is_bundle(path: Path) -> bool:
+    """Whether a file holds several certificates: both CAs, while one replaces the other."""
+    return read_identity_file(path).count(b"BEGIN CERTIFICATE") > 1
 
 
 def _judge_ca(certificate: x509.Certificate, file: Path, ca: Path | None, *, now: float) -> None:

@@ -5,8 +5,9 @@ and no common name: TLS stacks fall back to the common name when they check a ho
 second, weaker way to be a host. Only coordinators get host names and `serverAuth`, because only they are
 dialled.
 
-It is NOT an enrolment service and keeps no register of what it issued. It judges nobody's certificate: that
-is `maskwork.net.identity`, whose profile this module writes.
+It is NOT an enrolment service. The register of what was issued is `maskwork.net.register`, and whoever has a
+certificate signed here writes it there. It judges nobody's certificate: that is `maskwork.net.identity`, whose
+profile this module writes.
 
 Rules it upholds: private keys are PKCS #8 PEM with mode 0600, written aside, synced and renamed; no file that
 exists is replaced unless the caller says so; time is an argument.
@@ -15,10 +16,8 @@ Source: RFC 5280 section 4 (profile).
 """
 
 import ipaddress
-import os
 import re
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -38,6 +37,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from maskwork.errors import UserError
 from maskwork.net.identity import Identity, IdentityFiles, Role, TrustRoots, load_certificate, read_identity_file
 from maskwork.net.names import shortened, utc_text
+from maskwork.net.whole_files import write_whole
 
 CA_DAYS: Final = 3652
 """Validity of a new CA: ten years."""
@@ -45,6 +45,8 @@ LEAF_DAYS: Final = 365
 """Validity of a member's certificate unless another is asked for."""
 CA_CERTIFICATE_FILE: Final = "ca.pem"
 CA_KEY_FILE: Final = "ca-key.pem"
+ROOTS_FILE: Final = "roots.pem"
+"""Beside the key while a CA is replaced: both CA certificates, which members then get as their ``ca.pem``."""
 
 _CA_UNIT: Final = "Maskwork federation CA"
 # A member whose clock runs behind the CA's must be able to use its certificate at once.
@@ -57,6 +59,15 @@ _DNS_NAME: Final = re.compile(
 
 class AuthorityError(UserError):
     """A certificate that cannot be issued, or a file that cannot or must not be written."""
+
+
+def refuse_existing(files: IdentityFiles, *, overwrite: bool) -> None:
+    """Raise if an identity is there already, before a certificate is signed that would be thrown away.
+
+    Raises:
+        AuthorityError: When one of the files exists and `overwrite` is not set.
+    """
+    _refuse_existing((files.key, files.cert, files.ca), overwrite=overwrite)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +98,13 @@ class Authority:
         federation: The federation's name, also the organisation in the CA's subject.
         certificate: Self-signed, P-256, path length 0.
         key: The private key.
+        trusted: What members trust: this CA, and while one CA replaces another both.
     """
 
     federation: str
     certificate: x509.Certificate
     key: ec.EllipticCurvePrivateKey = field(repr=False)
+    trusted: tuple[x509.Certificate, ...] = ()
 
     @classmethod
     def create(cls, federation: str, *, now: float, days: int = CA_DAYS) -> "Authority":
@@ -124,10 +137,10 @@ class Authority:
 
     @classmethod
     def load(cls, directory: Path) -> "Authority":
-        """Read ``ca.pem`` and ``ca-key.pem`` from `directory`.
+        """Read ``ca.pem``, ``ca-key.pem`` and, while a CA is replaced, ``roots.pem`` from `directory`.
 
         Raises:
-            IdentityError: When a file is unreadable or ``ca.pem`` is no federation CA.
+            IdentityError: When a file is unreadable, or a certificate is no federation CA's.
             AuthorityError: When the key is not the CA's, or the CA's subject names no federation.
         """
         cert_path, key_path = directory / CA_CERTIFICATE_FILE, directory / CA_KEY_FILE
@@ -143,12 +156,17 @@ class Authority:
         organisations = certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
         if len(organisations) != 1:
             raise AuthorityError(f"{cert_path} names no federation: expected one made by `maskwork pki init`")
-        return cls(str(organisations[0].value), certificate, key)
+        return cls(str(organisations[0].value), certificate, key, _trusted(directory / ROOTS_FILE, certificate))
 
     @property
     def roots(self) -> TrustRoots:
-        """This CA as the only trust root."""
-        return TrustRoots([self.certificate], source=f"the CA of {self.federation}")
+        """What the federation's members trust: this CA, and while one CA replaces another both."""
+        return TrustRoots(self.trusted or [self.certificate], source=f"the CA of {self.federation}")
+
+    @property
+    def roots_pem(self) -> bytes:
+        """The same in PEM: a member's ``ca.pem``."""
+        return b"".join(certificate.public_bytes(Encoding.PEM) for certificate in self.roots.certificates)
 
     def write(self, directory: Path, *, overwrite: bool = False) -> None:
         """Write ``ca.pem`` and ``ca-key.pem`` into `directory`, which is made if missing.
@@ -196,7 +214,7 @@ class Authority:
         )
         return IssuedIdentity(
             identity=Identity(self.federation, role, name),
-            ca_pem=self.certificate.public_bytes(Encoding.PEM),
+            ca_pem=self.roots_pem,
             cert_pem=certificate.public_bytes(Encoding.PEM),
             key_pem=_key_pem(key),
         )
@@ -232,6 +250,15 @@ class Authority:
             .add_extension(authority_id, critical=False)
             .sign(self.key, SHA256())
         )
+
+
+def _trusted(path: Path, own: x509.Certificate) -> tuple[x509.Certificate, ...]:
+    if not path.exists():
+        return (own,)
+    certificates = TrustRoots.from_file(path).certificates
+    if own not in certificates:
+        raise AuthorityError(f"{path} does not hold the CA beside it: restore both from one backup")
+    return certificates
 
 
 def _subject(identity: Identity) -> x509.Name:
@@ -303,35 +330,17 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def _write_all(contents: Mapping[Path, bytes], *, overwrite: bool) -> None:
     """Write files so that each is there whole or not at all; keys come first, so a certificate never lacks one."""
-    existing = [str(path) for path in contents if path.exists() or path.is_symlink()]
-    if existing and not overwrite:
-        raise AuthorityError(
-            f"{', '.join(existing)} already there, nothing written: choose another directory, or replace with --force"
-        )
+    _refuse_existing(contents, overwrite=overwrite)
     for path, content in contents.items():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write_one(path, content)
+            write_whole(path, content, private=b"PRIVATE KEY" in content)
         except OSError as error:
             raise AuthorityError(f"{path} cannot be written ({error.strerror})") from None
 
 
-def _write_one(path: Path, content: bytes) -> None:
-    # mkstemp opens with O_EXCL and mode 0600, so that a key is at no instant readable by others.
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            if b"PRIVATE KEY" not in content:
-                os.fchmod(file.fileno(), 0o644)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+def _refuse_existing(paths: Iterable[Path], *, overwrite: bool) -> None:
+    existing = [str(path) for path in paths if path.exists() or path.is_symlink()]
+    if existing and not overwrite:
+        raise AuthorityError(
+            f"{', '.join(existing)} already there, nothing written: choose another directory, or replace with --force"
+        )

@@ -32,6 +32,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, SignatureAlgorithmOID
 
 from maskwork.net.names import Identity, IdentityError, IdentityProblem, Role, malformed, named, shortened, utc_text
+from maskwork.net.signed_der import signed_der
 
 __all__ = [
     "FINGERPRINT_BYTES",
@@ -66,8 +67,6 @@ _UNDERSTOOD_EXTENSIONS: Final = frozenset(
         ExtensionOID.SUBJECT_ALTERNATIVE_NAME,
     }
 )
-# SEQUENCE { OID ecdsa-with-SHA256 }, the one signature algorithm of a federation (RFC 5758 section 3.2).
-_ECDSA_WITH_SHA256_DER: Final = bytes.fromhex("300a06082a8648ce3d040302")
 
 
 UNREADABLE_CERTIFICATE: Final = (ValueError, TypeError, x509.InvalidVersion)
@@ -161,13 +160,26 @@ class TrustRoots:
         return None
 
     def check_validity(self, now: float) -> None:
-        """Raise unless every root is valid at `now` (Unix seconds).
+        """Raise unless a root is valid at `now` (Unix seconds); the others are what `out_of_date` says.
 
         Raises:
             IdentityError: `EXPIRED` or `NOT_YET_VALID`.
         """
+        if len(self.out_of_date(now)) == len(self._certificates):
+            _check_validity(self._certificates[0], now)
+
+    def out_of_date(self, now: float) -> tuple[str, ...]:
+        """What is wrong with each root that is not valid at `now` (Unix seconds): nothing it signed is good any more.
+
+        One that is left over from the replacement of a CA stops nobody whose certificate another root signed.
+        """
+        said = []
         for certificate in self._certificates:
-            _check_validity(certificate, now)
+            try:
+                _check_validity(certificate, now)
+            except IdentityError as error:
+                said.append(error.text)
+        return tuple(said)
 
     def verify(
         self,
@@ -392,7 +404,7 @@ def _parse(der: bytes) -> x509.Certificate:
         raise malformed(f"a certificate of {len(der)} bytes is too long: at most {MAX_CERTIFICATE_BYTES} are read")
     try:
         certificate = x509.load_der_x509_certificate(der)
-        canonical = _encoded(certificate.tbs_certificate_bytes, certificate.signature)
+        canonical = signed_der(certificate.tbs_certificate_bytes, certificate.signature)
         subject_readable = bool(certificate.subject) and bool(certificate.issuer)
     except UNREADABLE_CERTIFICATE as error:
         raise malformed(f"not an X.509 certificate: {shortened(str(error))}") from None
@@ -407,20 +419,6 @@ def _parse(der: bytes) -> x509.Certificate:
                     "that is not understood (RFC 5280 section 4.2)"
                 )
     return certificate
-
-
-def _encoded(tbs: bytes, signature: bytes) -> bytes:
-    """The DER of a certificate from its two parts; lengths up to 65,535."""
-    bit_string = _tagged(0x03, b"\x00" + signature)
-    return _tagged(0x30, tbs + _ECDSA_WITH_SHA256_DER + bit_string)
-
-
-def _tagged(tag: int, content: bytes) -> bytes:
-    length = len(content)
-    if length < 0x80:
-        return bytes((tag, length)) + content
-    octets = length.to_bytes((length.bit_length() + 7) // 8, "big")
-    return bytes((tag, 0x80 | len(octets))) + octets + content
 
 
 def _check_root(certificate: x509.Certificate, source: str) -> None:
@@ -493,7 +491,7 @@ def _check_revocation(certificate: x509.Certificate, identity: Identity, is_revo
     # Anyone can turn the ECDSA signature (r, s) into (r, -s), which verifies as well: the same certificate under
     # another fingerprint. So a withdrawn fingerprint withdraws its twin too.
     r, s = decode_dss_signature(certificate.signature)
-    twin = _encoded(certificate.tbs_certificate_bytes, encode_dss_signature(r, _P256_ORDER - s))
+    twin = signed_der(certificate.tbs_certificate_bytes, encode_dss_signature(r, _P256_ORDER - s))
     names = (fingerprint(to_der(certificate)), fingerprint(twin), serial_bytes(certificate))
     if any(name in is_revoked for name in names):
         raise IdentityError(

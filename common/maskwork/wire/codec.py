@@ -27,6 +27,7 @@ from maskwork.wire.plan_codec import encode_plan as encode_plan
 from maskwork.wire.v1 import federation_pb2, session_pb2
 
 MAX_CERTIFICATE_BYTES = 16_384
+MAX_REVOCATION_LIST_BYTES = 4 << 20
 MAX_VERSIONS = 64
 MAX_TASKS = 1024
 MAX_TASK_NAME = 256
@@ -62,7 +63,7 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class OpenSession:
-    """A proposal with what is needed to fetch the rest: the training config, the model's and certificates' size."""
+    """A proposal with what is needed to fetch the rest: the training config, and how large each of the others is."""
 
     proposal: domain.Proposal
     training_config: bytes
@@ -70,6 +71,7 @@ class OpenSession:
     certificates_digest: bytes
     certificates_size: int
     history: ShownHistory = NO_HISTORY
+    revocation_list_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +339,7 @@ def _open_session(message: OpenSession) -> session_pb2.OpenSession:
         certificates_size=message.certificates_size,
         # Left out where there is none: an offer without a history has the bytes that it always had.
         history=None if message.history == NO_HISTORY else encode_history(message.history),
+        revocation_list_size=message.revocation_list_size,
     )
 
 
@@ -346,6 +349,8 @@ def _decode_open_session(message: session_pb2.OpenSession) -> OpenSession:
         raise WireError("certificates_digest is not 32 bytes")
     if message.certificates_size > (MAX_CERTIFICATE_BYTES + 4) * plan.cohort:
         raise WireError("certificates_size is more than a roster's certificates can take")
+    if message.revocation_list_size > MAX_REVOCATION_LIST_BYTES:
+        raise WireError("revocation_list_size is more than a revocation list may take")
     return OpenSession(
         domain.Proposal(message.plan, message.signature, plan),
         message.training_config,
@@ -353,6 +358,7 @@ def _decode_open_session(message: session_pb2.OpenSession) -> OpenSession:
         message.certificates_digest,
         message.certificates_size,
         decode_history(message.history),
+        message.revocation_list_size,
     )
 
 

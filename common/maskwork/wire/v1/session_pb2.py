@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emaskwork/wire/v1/session.proto\x12\x10maskwork.wire.v1\"\'\n\x07\x44\x65\x63line\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"L\n\rAdvertiseKeys\x12\x16\n\x0e\x65ncryption_key\x18\x01 \x01(\x0c\x12\x10\n\x08mask_key\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"b\n\nDealtShare\x12\x0e\n\x06holder\x18\x01 \x01(\r\x12\x12\n\nciphertext\x18\x02 \x01(\x0c\x12\x17\n\x0fself_commitment\x18\x03 \x01(\x0c\x12\x17\n\x0fmask_commitment\x18\x04 \x01(\x0c\"s\n\tShareKeys\x12\x17\n\x0fseed_commitment\x18\x01 \x01(\x0c\x12\x0c\n\x04root\x18\x02 \x01(\x0c\x12,\n\x06shares\x18\x03 \x03(\x0b\x32\x1c.maskwork.wire.v1.DealtShare\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"(\n\tComplaint\x12\x0e\n\x06\x64\x65\x61ler\x18\x01 \x01(\r\x12\x0b\n\x03key\x18\x02 \x01(\x0c\"%\n\x10\x43onsistencyCheck\x12\x11\n\tsignature\x18\x01 \x01(\x0c\"a\n\rRevealedShare\x12\r\n\x05owner\x18\x01 \x01(\r\x12\x0c\n\x04salt\x18\x02 \x01(\x0c\x12\x13\n\tself_seed\x18\x03 \x01(\x0cH\x00\x12\x15\n\x0bmask_secret\x18\x04 \x01(\x0cH\x00\x42\x07\n\x05share\"9\n\x06Unmask\x12/\n\x06shares\x18\x01 \x03(\x0b\x32\x1f.maskwork.wire.v1.RevealedShare\"*\n\x08Withdraw\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"\xc4\x01\n\x0bOpenSession\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x17\n\x0ftraining_config\x18\x03 \x01(\x0c\x12\x12\n\nmodel_size\x18\x04 \x01(\x04\x12\x1b\n\x13\x63\x65rtificates_digest\x18\x05 \x01(\x0c\x12\x19\n\x11\x63\x65rtificates_size\x18\x06 \x01(\x04\x12/\n\x07history\x18\x07 \x01(\x0b\x32\x1e.maskwork.wire.v1.ShownHistory\"g\n\x0cShownHistory\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\r\n\x05since\x18\x03 \x01(\x04\x12\x0f\n\x07\x64igests\x18\x04 \x01(\x0c\x12\x16\n\x0e\x64igests_digest\x18\x05 \x01(\x0c\"M\n\rAdvertisement\x12\r\n\x05index\x18\x01 \x01(\r\x12-\n\x04keys\x18\x02 \x01(\x0b\x32\x1f.maskwork.wire.v1.AdvertiseKeys\"b\n\x0e\x41\x64vertisements\x12\n\n\x02u1\x18\x01 \x01(\x0c\x12\x33\n\nadvertised\x18\x02 \x03(\x0b\x32\x1f.maskwork.wire.v1.Advertisement\x12\x0f\n\x07\x64igests\x18\x03 \x03(\x0c\"\xc0\x01\n\x0e\x44\x65liveredShare\x12\x0e\n\x06\x64\x65\x61ler\x18\x01 \x01(\r\x12\x17\n\x0fseed_commitment\x18\x02 \x01(\x0c\x12\x0c\n\x04root\x18\x03 \x01(\x0c\x12\x0f\n\x07holders\x18\x04 \x01(\r\x12\x11\n\tsignature\x18\x05 \x01(\x0c\x12\x17\n\x0fself_commitment\x18\x06 \x01(\x0c\x12\x17\n\x0fmask_commitment\x18\x07 \x01(\x0c\x12\x12\n\nciphertext\x18\x08 \x01(\x0c\x12\r\n\x05proof\x18\t \x03(\x0c\"O\n\x0f\x44\x65liveredShares\x12\n\n\x02u2\x18\x01 \x01(\x0c\x12\x30\n\x06shares\x18\x02 \x03(\x0b\x32 .maskwork.wire.v1.DeliveredShare\"2\n\x0cSurvivorSets\x12\n\n\x02u1\x18\x01 \x01(\x0c\x12\n\n\x02u2\x18\x02 \x01(\x0c\x12\n\n\x02u3\x18\x03 \x01(\x0c\"5\n\x11SurvivorSignature\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"M\n\x12SurvivorSignatures\x12\x37\n\nsignatures\x18\x01 \x03(\x0b\x32#.maskwork.wire.v1.SurvivorSignature\"1\n\rSessionClosed\x12\x10\n\x08released\x18\x01 \x01(\x08\x12\x0e\n\x06phrase\x18\x02 \x01(\t\"E\n\x07\x44\x65\x61ling\x12\r\n\x05index\x18\x01 \x01(\r\x12+\n\x06shares\x18\x02 \x01(\x0b\x32\x1b.maskwork.wire.v1.ShareKeys\"E\n\nRevelation\x12\r\n\x05index\x18\x01 \x01(\r\x12(\n\x06shares\x18\x02 \x01(\x0b\x32\x18.maskwork.wire.v1.Unmask\"M\n\nAccusation\x12\x0f\n\x07\x61\x63\x63user\x18\x01 \x01(\r\x12.\n\tcomplaint\x18\x02 \x01(\x0b\x32\x1b.maskwork.wire.v1.Complaint\"\xd1\x02\n\nTranscript\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\x16\n\x0eplan_signature\x18\x02 \x01(\x0c\x12\x14\n\x0c\x63\x65rtificates\x18\x03 \x03(\x0c\x12\x33\n\nadvertised\x18\x04 \x03(\x0b\x32\x1f.maskwork.wire.v1.Advertisement\x12+\n\x08\x64\x65\x61lings\x18\x05 \x03(\x0b\x32\x19.maskwork.wire.v1.Dealing\x12\n\n\x02u3\x18\x06 \x01(\x0c\x12\x37\n\nsignatures\x18\x07 \x03(\x0b\x32#.maskwork.wire.v1.SurvivorSignature\x12.\n\x08revealed\x18\x08 \x03(\x0b\x32\x1c.maskwork.wire.v1.Revelation\x12\x30\n\naccusation\x18\t \x01(\x0b\x32\x1c.maskwork.wire.v1.Accusationb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emaskwork/wire/v1/session.proto\x12\x10maskwork.wire.v1\"\'\n\x07\x44\x65\x63line\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"L\n\rAdvertiseKeys\x12\x16\n\x0e\x65ncryption_key\x18\x01 \x01(\x0c\x12\x10\n\x08mask_key\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"b\n\nDealtShare\x12\x0e\n\x06holder\x18\x01 \x01(\r\x12\x12\n\nciphertext\x18\x02 \x01(\x0c\x12\x17\n\x0fself_commitment\x18\x03 \x01(\x0c\x12\x17\n\x0fmask_commitment\x18\x04 \x01(\x0c\"s\n\tShareKeys\x12\x17\n\x0fseed_commitment\x18\x01 \x01(\x0c\x12\x0c\n\x04root\x18\x02 \x01(\x0c\x12,\n\x06shares\x18\x03 \x03(\x0b\x32\x1c.maskwork.wire.v1.DealtShare\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"(\n\tComplaint\x12\x0e\n\x06\x64\x65\x61ler\x18\x01 \x01(\r\x12\x0b\n\x03key\x18\x02 \x01(\x0c\"%\n\x10\x43onsistencyCheck\x12\x11\n\tsignature\x18\x01 \x01(\x0c\"a\n\rRevealedShare\x12\r\n\x05owner\x18\x01 \x01(\r\x12\x0c\n\x04salt\x18\x02 \x01(\x0c\x12\x13\n\tself_seed\x18\x03 \x01(\x0cH\x00\x12\x15\n\x0bmask_secret\x18\x04 \x01(\x0cH\x00\x42\x07\n\x05share\"9\n\x06Unmask\x12/\n\x06shares\x18\x01 \x03(\x0b\x32\x1f.maskwork.wire.v1.RevealedShare\"*\n\x08Withdraw\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"\xe2\x01\n\x0bOpenSession\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x17\n\x0ftraining_config\x18\x03 \x01(\x0c\x12\x12\n\nmodel_size\x18\x04 \x01(\x04\x12\x1b\n\x13\x63\x65rtificates_digest\x18\x05 \x01(\x0c\x12\x19\n\x11\x63\x65rtificates_size\x18\x06 \x01(\x04\x12/\n\x07history\x18\x07 \x01(\x0b\x32\x1e.maskwork.wire.v1.ShownHistory\x12\x1c\n\x14revocation_list_size\x18\x08 \x01(\x04\"g\n\x0cShownHistory\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\r\n\x05since\x18\x03 \x01(\x04\x12\x0f\n\x07\x64igests\x18\x04 \x01(\x0c\x12\x16\n\x0e\x64igests_digest\x18\x05 \x01(\x0c\"M\n\rAdvertisement\x12\r\n\x05index\x18\x01 \x01(\r\x12-\n\x04keys\x18\x02 \x01(\x0b\x32\x1f.maskwork.wire.v1.AdvertiseKeys\"b\n\x0e\x41\x64vertisements\x12\n\n\x02u1\x18\x01 \x01(\x0c\x12\x33\n\nadvertised\x18\x02 \x03(\x0b\x32\x1f.maskwork.wire.v1.Advertisement\x12\x0f\n\x07\x64igests\x18\x03 \x03(\x0c\"\xc0\x01\n\x0e\x44\x65liveredShare\x12\x0e\n\x06\x64\x65\x61ler\x18\x01 \x01(\r\x12\x17\n\x0fseed_commitment\x18\x02 \x01(\x0c\x12\x0c\n\x04root\x18\x03 \x01(\x0c\x12\x0f\n\x07holders\x18\x04 \x01(\r\x12\x11\n\tsignature\x18\x05 \x01(\x0c\x12\x17\n\x0fself_commitment\x18\x06 \x01(\x0c\x12\x17\n\x0fmask_commitment\x18\x07 \x01(\x0c\x12\x12\n\nciphertext\x18\x08 \x01(\x0c\x12\r\n\x05proof\x18\t \x03(\x0c\"O\n\x0f\x44\x65liveredShares\x12\n\n\x02u2\x18\x01 \x01(\x0c\x12\x30\n\x06shares\x18\x02 \x03(\x0b\x32 .maskwork.wire.v1.DeliveredShare\"2\n\x0cSurvivorSets\x12\n\n\x02u1\x18\x01 \x01(\x0c\x12\n\n\x02u2\x18\x02 \x01(\x0c\x12\n\n\x02u3\x18\x03 \x01(\x0c\"5\n\x11SurvivorSignature\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"M\n\x12SurvivorSignatures\x12\x37\n\nsignatures\x18\x01 \x03(\x0b\x32#.maskwork.wire.v1.SurvivorSignature\"1\n\rSessionClosed\x12\x10\n\x08released\x18\x01 \x01(\x08\x12\x0e\n\x06phrase\x18\x02 \x01(\t\"E\n\x07\x44\x65\x61ling\x12\r\n\x05index\x18\x01 \x01(\r\x12+\n\x06shares\x18\x02 \x01(\x0b\x32\x1b.maskwork.wire.v1.ShareKeys\"E\n\nRevelation\x12\r\n\x05index\x18\x01 \x01(\r\x12(\n\x06shares\x18\x02 \x01(\x0b\x32\x18.maskwork.wire.v1.Unmask\"M\n\nAccusation\x12\x0f\n\x07\x61\x63\x63user\x18\x01 \x01(\r\x12.\n\tcomplaint\x18\x02 \x01(\x0b\x32\x1b.maskwork.wire.v1.Complaint\"\xd1\x02\n\nTranscript\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\x16\n\x0eplan_signature\x18\x02 \x01(\x0c\x12\x14\n\x0c\x63\x65rtificates\x18\x03 \x03(\x0c\x12\x33\n\nadvertised\x18\x04 \x03(\x0b\x32\x1f.maskwork.wire.v1.Advertisement\x12+\n\x08\x64\x65\x61lings\x18\x05 \x03(\x0b\x32\x19.maskwork.wire.v1.Dealing\x12\n\n\x02u3\x18\x06 \x01(\x0c\x12\x37\n\nsignatures\x18\x07 \x03(\x0b\x32#.maskwork.wire.v1.SurvivorSignature\x12.\n\x08revealed\x18\x08 \x03(\x0b\x32\x1c.maskwork.wire.v1.Revelation\x12\x30\n\naccusation\x18\t \x01(\x0b\x32\x1c.maskwork.wire.v1.Accusationb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,31 +50,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WITHDRAW']._serialized_start=627
   _globals['_WITHDRAW']._serialized_end=669
   _globals['_OPENSESSION']._serialized_start=672
-  _globals['_OPENSESSION']._serialized_end=868
-  _globals['_SHOWNHISTORY']._serialized_start=870
-  _globals['_SHOWNHISTORY']._serialized_end=973
-  _globals['_ADVERTISEMENT']._serialized_start=975
-  _globals['_ADVERTISEMENT']._serialized_end=1052
-  _globals['_ADVERTISEMENTS']._serialized_start=1054
-  _globals['_ADVERTISEMENTS']._serialized_end=1152
-  _globals['_DELIVEREDSHARE']._serialized_start=1155
-  _globals['_DELIVEREDSHARE']._serialized_end=1347
-  _globals['_DELIVEREDSHARES']._serialized_start=1349
-  _globals['_DELIVEREDSHARES']._serialized_end=1428
-  _globals['_SURVIVORSETS']._serialized_start=1430
-  _globals['_SURVIVORSETS']._serialized_end=1480
-  _globals['_SURVIVORSIGNATURE']._serialized_start=1482
-  _globals['_SURVIVORSIGNATURE']._serialized_end=1535
-  _globals['_SURVIVORSIGNATURES']._serialized_start=1537
-  _globals['_SURVIVORSIGNATURES']._serialized_end=1614
-  _globals['_SESSIONCLOSED']._serialized_start=1616
-  _globals['_SESSIONCLOSED']._serialized_end=1665
-  _globals['_DEALING']._serialized_start=1667
-  _globals['_DEALING']._serialized_end=1736
-  _globals['_REVELATION']._serialized_start=1738
-  _globals['_REVELATION']._serialized_end=1807
-  _globals['_ACCUSATION']._serialized_start=1809
-  _globals['_ACCUSATION']._serialized_end=1886
-  _globals['_TRANSCRIPT']._serialized_start=1889
-  _globals['_TRANSCRIPT']._serialized_end=2226
+  _globals['_OPENSESSION']._serialized_end=898
+  _globals['_SHOWNHISTORY']._serialized_start=900
+  _globals['_SHOWNHISTORY']._serialized_end=1003
+  _globals['_ADVERTISEMENT']._serialized_start=1005
+  _globals['_ADVERTISEMENT']._serialized_end=1082
+  _globals['_ADVERTISEMENTS']._serialized_start=1084
+  _globals['_ADVERTISEMENTS']._serialized_end=1182
+  _globals['_DELIVEREDSHARE']._serialized_start=1185
+  _globals['_DELIVEREDSHARE']._serialized_end=1377
+  _globals['_DELIVEREDSHARES']._serialized_start=1379
+  _globals['_DELIVEREDSHARES']._serialized_end=1458
+  _globals['_SURVIVORSETS']._serialized_start=1460
+  _globals['_SURVIVORSETS']._serialized_end=1510
+  _globals['_SURVIVORSIGNATURE']._serialized_start=1512
+  _globals['_SURVIVORSIGNATURE']._serialized_end=1565
+  _globals['_SURVIVORSIGNATURES']._serialized_start=1567
+  _globals['_SURVIVORSIGNATURES']._serialized_end=1644
+  _globals['_SESSIONCLOSED']._serialized_start=1646
+  _globals['_SESSIONCLOSED']._serialized_end=1695
+  _globals['_DEALING']._serialized_start=1697
+  _globals['_DEALING']._serialized_end=1766
+  _globals['_REVELATION']._serialized_start=1768
+  _globals['_REVELATION']._serialized_end=1837
+  _globals['_ACCUSATION']._serialized_start=1839
+  _globals['_ACCUSATION']._serialized_end=1916
+  _globals['_TRANSCRIPT']._serialized_start=1919
+  _globals['_TRANSCRIPT']._serialized_end=2256
 # @@protoc_insertion_point(module_scope)

@@ -252,6 +252,7 @@ class OpenSession(_message.Message):
     CERTIFICATES_DIGEST_FIELD_NUMBER: _builtins.int
     CERTIFICATES_SIZE_FIELD_NUMBER: _builtins.int
     HISTORY_FIELD_NUMBER: _builtins.int
+    REVOCATION_LIST_SIZE_FIELD_NUMBER: _builtins.int
     plan: _builtins.bytes
     signature: _builtins.bytes
     training_config: _builtins.bytes
@@ -260,6 +261,8 @@ class OpenSession(_message.Message):
     certificates_digest: _builtins.bytes
     """SHA-256 of the roster's certificates (each preceded by its length in four big-endian bytes, in roster order)."""
     certificates_size: _builtins.int
+    revocation_list_size: _builtins.int
+    """Bytes of the revocation list that the plan names; 0 when it names none."""
     @_builtins.property
     def history(self) -> Global___ShownHistory:
         """That the plan's audit_head extends the head that this participant keeps."""
@@ -274,10 +277,11 @@ class OpenSession(_message.Message):
         certificates_digest: _builtins.bytes = ...,
         certificates_size: _builtins.int = ...,
         history: Global___ShownHistory | None = ...,
+        revocation_list_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["history", b"history"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificates_digest", b"certificates_digest", "certificates_size", b"certificates_size", "history", b"history", "model_size", b"model_size", "plan", b"plan", "signature", b"signature", "training_config", b"training_config"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificates_digest", b"certificates_digest", "certificates_size", b"certificates_size", "history", b"history", "model_size", b"model_size", "plan", b"plan", "revocation_list_size", b"revocation_list_size", "signature", b"signature", "training_config", b"training_config"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
