@@ -22,8 +22,8 @@ from maskwork.net.authority import CA_CERTIFICATE_FILE, ROOTS_FILE, Authority
 from maskwork.net.identity import Role, TrustRoots, fingerprint, to_der
 from maskwork.net.names import shortened, utc_text
 from maskwork.net.register import IssuedCertificate, Register
-from maskwork.net.revocation import SERIAL_BYTES, Reason, RevocationList
-from maskwork.net.revoking import LIST_DAYS, LIST_FILE, begin_rollover, current_list, next_list, take_over
+from maskwork.net.revocation import LIST_FILE, SERIAL_BYTES, Reason, RevocationList
+from maskwork.net.revoking import LIST_DAYS, begin_rollover, current_list, next_list, take_over
 
 EXPIRES_SOON_S: Final = 30 * 86400
 PIPE_WIDTH: Final = 240

@@ -51,12 +51,24 @@ class KeptList:
             RevocationError: `OLDER` or `EQUIVOCATION`; nothing has changed.
             StoreError: The disk cannot take it; nothing has changed.
         """
-        held = self.current
-        new.check_follows(held.number, held.digest if held.number else None)
-        if new.digest == held.digest:
+        self._check(new)
+        if new.digest == self.current.digest:
             return
         try:
             write_whole(self._path, new.der)
         except OSError as error:
             raise StoreError.from_cause(error, file=self._path) from error
         self.current = new
+
+    def hold(self, new: RevocationList) -> None:
+        """Put a newer list in force that the disk cannot take: a restart forgets it.
+
+        Raises:
+            RevocationError: `OLDER` or `EQUIVOCATION`; nothing has changed.
+        """
+        self._check(new)
+        self.current = new
+
+    def _check(self, new: RevocationList) -> None:
+        held = self.current
+        new.check_follows(held.number, held.digest if held.number else None)

@@ -32,6 +32,8 @@ from maskwork.net.identity import TrustRoots
 from maskwork.net.names import named, shortened, utc_text
 from maskwork.net.signed_der import signed_der
 
+LIST_FILE: Final = "revoked.crl"
+"""What the newest list is called, in a CA's directory, an identity's and a state directory."""
 MAX_LIST_BYTES: Final = 4 << 20
 """Longest list that is looked at; one of 20,000 entries takes about 1.2 MB."""
 SERIAL_BYTES: Final = 20

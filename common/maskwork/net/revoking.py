@@ -18,10 +18,9 @@ from maskwork.errors import UserError
 from maskwork.net.authority import CA_CERTIFICATE_FILE, ROOTS_FILE, Authority
 from maskwork.net.identity import TrustRoots, load_certificate
 from maskwork.net.register import PREDECESSOR_FILE, SUCCESSOR_FILE, Register, check_may_sign
-from maskwork.net.revocation import FLAGS, NO_LIST, Reason, Revocation, RevocationError, RevocationList
+from maskwork.net.revocation import FLAGS, LIST_FILE, NO_LIST, Reason, Revocation, RevocationError, RevocationList
 from maskwork.net.whole_files import write_whole
 
-LIST_FILE: Final = "revoked.crl"
 LIST_DAYS: Final = 7
 """How long a list is good unless another time is asked for; also the greatest age that sites accept by default."""
 

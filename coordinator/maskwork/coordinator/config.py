@@ -18,6 +18,8 @@ class CoordinatorConfig(Section):
         listen: address and port for participants, operators and researchers.
         identity: directory with ca.pem, cert.pem and key.pem of this coordinator.
         state: directory for the database, models and spooled uploads.
+        revocation_list: the revocation list's file, looked at every second; absent: revoked.crl in the identity
+            directory, if there is one.
         database: database URL; empty: SQLite in the state directory.
         max_uploads: uploads admitted at a time.
         max_downloads: downloads of models and certificates at a time.
@@ -33,6 +35,7 @@ class CoordinatorConfig(Section):
     listen: Address = "0.0.0.0:8750"
     identity: FilePath
     state: FilePath
+    revocation_list: FilePath | None = None
     database: str = ""
     max_uploads: int = Field(default=8, ge=1, le=1024)
     max_downloads: int = Field(default=16, ge=1, le=1024)
@@ -63,6 +66,11 @@ def read_config(path: Path) -> CoordinatorConfig:
     """
     config = read_toml(path, CoordinatorConfig, what="a configuration file")
     base = path.parent
-    encryption = config.encryption.relative_to(base)
-    paths = {"identity": base / config.identity, "state": base / config.state, "encryption": encryption}
+    paths: dict[str, object] = {
+        "identity": base / config.identity,
+        "state": base / config.state,
+        "encryption": config.encryption.relative_to(base),
+    }
+    if config.revocation_list is not None:
+        paths["revocation_list"] = base / config.revocation_list
     return config.model_copy(update=paths)

@@ -29,6 +29,7 @@ from maskwork.coordinator.happenings import (
     Crashed,
     Happening,
     JobAborted,
+    ListChanged,
     Look,
     PeerConnected,
     PeerGone,
@@ -43,10 +44,12 @@ from maskwork.coordinator.happenings import (
 from maskwork.coordinator.job_runner import Federation, JobRunner
 from maskwork.coordinator.models import ModelFile, ModelStore
 from maskwork.coordinator.peers import Peer
+from maskwork.coordinator.revocations import withdrawn
 from maskwork.coordinator.rounds import PresentSite
 from maskwork.coordinator.runner import SessionRunner, Surroundings, Worker
 from maskwork.coordinator.spool import Spool
 from maskwork.coordinator.store import Store
+from maskwork.net.revocation import NO_LIST, RevocationList
 from maskwork.net.status import Refusal, Refused
 from maskwork.secagg import server
 from maskwork.secagg import server_states as core
@@ -80,6 +83,7 @@ class Driver:
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
         entropy: Callable[[int], bytes] = os.urandom,
         audit: Trail | None = None,
+        revocations: RevocationList = NO_LIST,
     ) -> None:
         self.federation = federation
         self.audit = audit or Trail.in_memory(
@@ -114,6 +118,7 @@ class Driver:
             max_uploads=max_uploads,
             entropy=entropy,
             look_at=self._look_at,
+            revocations=revocations,
         )
 
     # --- for the service ----------------------------------------------------------------------------------
@@ -139,12 +144,14 @@ class Driver:
         return active.spool(member), member
 
     def download(self, site: PresentSite, digest: bytes) -> ModelFile | bytes | None:
-        """What a member of the open session may fetch: the model's file, certificates, digests of our audit log."""
+        """What a member of the open session may fetch: model, certificates, revocation list, digests of our audit log."""
         active = None if self._jobs.runner is None else self._jobs.runner.session
         if active is None or active.index_of(site.name, site.fingerprint) is None:
             return None
         if digest == active.plan.model_digest:
             return self._models.file(digest)
+        if active.revocations.number and digest == active.revocations.digest:
+            return active.revocations.der
         bundle = active.certificate_bundle
         return bundle if hashlib.sha256(bundle).digest() == digest else self.audit.tail(digest)
 
@@ -153,6 +160,7 @@ class Driver:
     async def run(self) -> None:
         """Recover, then handle one event after the other until cancelled."""
         await self._jobs.recover()
+        await self._list_changed(self._jobs.revocations)  # a session that was resumed may have a member of it
         self._jobs.after_step()
         await self._jobs.consider()
         while True:
@@ -223,6 +231,8 @@ class Driver:
                 self._aborting = happening
                 await self._jobs.abort(happening)
                 self._aborting = None
+            case ListChanged(revocations):
+                await self._list_changed(revocations)
             case Crashed(error):
                 raise error
             case Look():
@@ -261,6 +271,15 @@ class Driver:
 
     # --- participants ----------------------------------------------------------------------------------
 
+    async def _list_changed(self, revocations: RevocationList) -> None:
+        found = {peer: withdrawn(peer.certificate, revocations) for peer in self._peers.values()}
+        revoked = {peer: why for peer, why in found.items() if why}
+        await self._jobs.withdraw(revocations, {peer.name: why for peer, why in revoked.items()})
+        for peer, why in revoked.items():
+            log.warning("participant cut off", participant=peer.name, detail=why)
+            del self._peers[peer.name]
+            peer.close()
+
     def _place(self, peer: Peer) -> tuple[SessionRunner, int] | None:
         """The open session and the peer's index in it, when this very connection speaks for that member."""
         if self._jobs.runner is None or self._peers.get(peer.name) is not peer:
@@ -269,6 +288,10 @@ class Driver:
         return None if member is None else (self._jobs.runner, member)
 
     async def _connected(self, peer: Peer) -> None:
+        if why := withdrawn(peer.certificate, self._jobs.revocations):
+            log.warning("participant cut off", participant=peer.name, detail=why)  # the list came while it greeted
+            peer.close()
+            return
         older = self._peers.get(peer.name)
         before = None if older is None else self._place(older)
         if older is not None:

@@ -1,8 +1,9 @@
 """The door: every RPC, ours or a standard one, passes here before any handler runs.
 
-In this order: the caller's certificate is verified anew for each call, its role is looked up in the one table of
-permissions, its quota is charged, and only then is what it sent read and decoded, each message within a bound. Whatever
-a handler raises becomes a status by the one table of statuses. Handlers ask `caller()` who is calling.
+In this order: the caller's certificate is verified anew for each call, and once more when there is a new revocation
+list; its role is looked up in the one table of permissions, its quota is charged, and only then is what it sent read
+and decoded, each message within a bound. Whatever a handler raises becomes a status by the one table of statuses.
+Handlers ask `caller()` who is calling.
 
 All four kinds of call are served as streams both ways, which is the same on the wire: gRPC itself would read, decode
 and write a single message before or after us, without a bound, and tell the caller of its own exceptions.
@@ -13,17 +14,20 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Container
+from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 import structlog
 from google.protobuf.message import DecodeError
 
 from maskwork.coordinator.quotas import Quotas
-from maskwork.net.identity import TrustRoots, VerifiedCertificate
+from maskwork.coordinator.revocations import withdrawn
+from maskwork.net.identity import IdentityError, IdentityProblem, TrustRoots, VerifiedCertificate
 from maskwork.net.permissions import allowed
+from maskwork.net.revocation import RevocationList
 from maskwork.net.status import Refusal, Refused, status_of
 from maskwork.net.tls import peer_identity
 from maskwork.wire.codec import WireError
@@ -52,14 +56,43 @@ def caller() -> VerifiedCertificate:
     return _caller.get()
 
 
+@dataclass(eq=False, slots=True)
+class _RunningCall:
+    """A call that is being served: whose, by which task, and why it was cut off."""
+
+    caller: VerifiedCertificate
+    task: asyncio.Task[object]
+    why: str = ""
+
+    def cut(self, why: str) -> None:
+        if not self.why:
+            self.why = why
+            self.task.cancel()
+
+
 class Guard(grpc.aio.ServerInterceptor):
     """Authenticates, authorises, bounds, and turns errors into statuses."""
 
-    def __init__(self, roots: TrustRoots, federation: str, *, stall_s: float = STALL_S) -> None:
+    def __init__(
+        self,
+        roots: TrustRoots,
+        federation: str,
+        *,
+        stall_s: float = STALL_S,
+        is_revoked: Container[bytes] = frozenset(),
+    ) -> None:
         self._roots = roots
         self._federation = federation
         self._stall_s = stall_s
+        self._is_revoked = is_revoked
         self._quotas = Quotas()
+        self._running: set[_RunningCall] = set()
+
+    async def cut_off(self, revocations: RevocationList) -> None:
+        """End every running call, of whatever role, whose caller a list withdraws."""
+        for call in self._running:
+            if why := withdrawn(call.caller.der, revocations):
+                call.cut(why)
 
     async def intercept_service(
         self,
@@ -78,11 +111,30 @@ class Guard(grpc.aio.ServerInterceptor):
             try:
                 self._admit(method, context)
                 requests = self._incoming(method, raw, handler.request_deserializer)
-                await self._serve(handler, requests, context)
+                async with self._until_cut_off():
+                    await self._serve(handler, requests, context)
             except Exception as error:  # every error becomes a status, here and only here
                 await self._refuse(method, context, error)
 
         return guarded
+
+    @asynccontextmanager
+    async def _until_cut_off(self) -> AsyncIterator[None]:
+        """Within it the call ends with an `IdentityError` when its caller's certificate is withdrawn."""
+        task = asyncio.current_task()
+        assert task is not None
+        call = _RunningCall(caller(), task)
+        self._running.add(call)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not call.why:
+                raise
+            task.uncancel()
+            text = f"{call.caller.identity.uri}: {call.why}"
+            raise IdentityError(IdentityProblem.REVOKED, text) from None
+        finally:
+            self._running.discard(call)
 
     async def _serve(
         self, handler: grpc.RpcMethodHandler[Message, Message], requests: AsyncIterator[Message], context: Context
@@ -102,7 +154,9 @@ class Guard(grpc.aio.ServerInterceptor):
                     await self._write(context, response)
 
     def _admit(self, method: str, context: Context) -> None:
-        certificate = peer_identity(context, self._roots, now=time.time(), federation=self._federation)
+        certificate = peer_identity(
+            context, self._roots, now=time.time(), federation=self._federation, is_revoked=self._is_revoked
+        )
         _caller.set(certificate)
         if not allowed(method, certificate.identity.role):
             raise Refused(

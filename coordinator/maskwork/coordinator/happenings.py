@@ -13,6 +13,7 @@ from maskwork.coordinator.aggregation import Release
 from maskwork.coordinator.peers import Peer
 from maskwork.coordinator.records import JobRecord
 from maskwork.errors import StoreError
+from maskwork.net.revocation import RevocationList
 from maskwork.secagg import server_states as core
 from maskwork.secagg.messages import ParticipantMessage
 from maskwork.wire.codec import UploadReady
@@ -99,6 +100,13 @@ class JobAborted:
 
 
 @dataclass(frozen=True, slots=True)
+class ListChanged:
+    """A newer revocation list is in force."""
+
+    revocations: RevocationList
+
+
+@dataclass(frozen=True, slots=True)
 class Crashed:
     """Work beside the loop ended with an error that nobody expected: the loop ends with it."""
 
@@ -121,6 +129,7 @@ Happening: TypeAlias = (
     | SessionEvent
     | ReleaseDone
     | JobAborted
+    | ListChanged
     | Crashed
     | Look
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import assert_never
@@ -40,6 +40,7 @@ from maskwork.coordinator.session import ActiveSession, public_keys, shape_of
 from maskwork.coordinator.spool import UploadSlots
 from maskwork.errors import StorageUnavailable
 from maskwork.metrics import means
+from maskwork.net.revocation import RevocationList
 from maskwork.secagg import keys, server
 from maskwork.secagg import server_states as core
 from maskwork.secagg.encoding import EncodingParameterError
@@ -76,6 +77,7 @@ class JobRunner:
     Attributes:
         run: the job that runs, as far as `rounds` knows it.
         runner: the open session.
+        revocations: the revocation list in force.
     """
 
     def __init__(
@@ -87,7 +89,9 @@ class JobRunner:
         max_uploads: int,
         entropy: Callable[[int], bytes],
         look_at: Callable[[float], None],
+        revocations: RevocationList,
     ) -> None:
+        self.revocations = revocations
         self.run: JobRun | None = None
         self.runner: SessionRunner | None = None
         self._federation = federation
@@ -209,6 +213,8 @@ class JobRunner:
                 federation=self._federation.name,
                 nonce=self._entropy(16),
                 training_digest=hashlib.sha256(config).digest(),
+                revocation_digest=self.revocations.digest,
+                revocation_number=self.revocations.number,
                 audit_head=self._around.audit.head_for(certificates),
             )
         except (PlanError, EncodingParameterError, GraphError) as error:
@@ -279,8 +285,22 @@ class JobRunner:
             model_size=model_size,
             slots=UploadSlots(self._max_uploads),
             opened_at=self._around.ticks(),
+            revocations=self.revocations,
             vault=self._around.models.vault,
         )
+
+    async def withdraw(self, revocations: RevocationList, peers: Mapping[str, str]) -> None:
+        """A newer list is in force: it is in every plan from now on, and who is on it loses its place.
+
+        Args:
+            revocations: the list.
+            peers: names of connected sites that are on it, each with why.
+        """
+        self.revocations = revocations
+        if self.runner is not None:
+            await self.runner.withdraw(revocations)
+        if self.run is not None:
+            self.run = rounds.exclude(self.run, {name: f"revoked ({why})" for name, why in peers.items()})
 
     async def released(self, runner: SessionRunner, release: Release) -> None:
         """What removing the masks gave: a model to commit, or the reason why there is none."""

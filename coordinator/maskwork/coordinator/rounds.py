@@ -263,6 +263,8 @@ def build_plan(
     federation: str,
     nonce: bytes,
     training_digest: bytes,
+    revocation_digest: bytes = bytes(32),
+    revocation_number: int = 0,
     audit_head: bytes = bytes(32),
 ) -> RoundPlan:
     """The plan of the next attempt.
@@ -273,6 +275,8 @@ def build_plan(
         federation: its name.
         nonce: 16 fresh bytes.
         training_digest: SHA-256 of the training config's canonical JSON.
+        revocation_digest: SHA-256 of the revocation list in force; zeros when there is none.
+        revocation_number: its number; 0 when there is none.
         audit_head: head of the coordinator's audit chain.
 
     Raises:
@@ -297,8 +301,8 @@ def build_plan(
         encoding=_encoding(spec, len(cohort)),
         statistics=statistic_specs(spec.metrics, spec.encoding.weight_cap),
         privacy=PrivacyParameters(),
-        revocation_digest=bytes(32),
-        revocation_number=0,
+        revocation_digest=revocation_digest,
+        revocation_number=revocation_number,
         audit_head=audit_head,
         previous_survivors=survivors_digest(run.previous_survivors),
         deadlines=_deadlines(spec),

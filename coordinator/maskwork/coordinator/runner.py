@@ -27,6 +27,7 @@ from maskwork.coordinator.session import ActiveSession, deadline_s
 from maskwork.coordinator.store import Store
 from maskwork.drop_texts import named
 from maskwork.errors import storage_unavailable
+from maskwork.net.revocation import RevocationList
 from maskwork.secagg import server
 from maskwork.secagg import server_states as core
 from maskwork.secagg.errors import AbortReason, DropReason
@@ -170,6 +171,12 @@ class SessionRunner:
         """A member cannot go on in this session."""
         self._cancel_timer("away", member)
         await self.step(core.Lost(member, reason, detail))
+
+    async def withdraw(self, revocations: RevocationList) -> None:
+        """Members whose certificates a new list withdraws lose their place, whatever stage is open."""
+        for member, why in self.session.withdrawn(revocations).items():
+            if isinstance(self.session.state, core.Collecting) and member not in self.session.state.lost:
+                await self.lose(member, DropReason.REVOKED, why)
 
     def _cancel_timer(self, kind: str, member: int) -> None:
         timer = self.session.timers.pop((kind, member), None)

@@ -25,14 +25,18 @@ from maskwork.coordinator.audit_store import AuditedStore
 from maskwork.coordinator.config import CoordinatorConfig
 from maskwork.coordinator.driver import Driver
 from maskwork.coordinator.guard import Guard
+from maskwork.coordinator.happenings import Crashed, ListChanged
 from maskwork.coordinator.job_runner import Federation
 from maskwork.coordinator.jobs import JobDesk
 from maskwork.coordinator.models import ModelStore
+from maskwork.coordinator.revocations import RevocationFile
 from maskwork.coordinator.service import FederationService, JobService
 from maskwork.database import world_failures
 from maskwork.errors import UserError
 from maskwork.net.diagnosis import check_own_files, load_private_key
 from maskwork.net.identity import IdentityFiles, Role, TrustRoots, load_certificate, to_der
+from maskwork.net.kept_list import KeptList
+from maskwork.net.revocation import LIST_FILE, RevocationList
 from maskwork.net.tls import SERVER_OPTIONS, server_credentials
 from maskwork.secagg.keys import SoftwareSigner
 from maskwork.stopping import Stop
@@ -88,7 +92,17 @@ async def running(config: CoordinatorConfig) -> AsyncIterator[tuple[Driver, str]
     files = IdentityFiles.in_directory(config.identity)
     check_own_files(files, now=time.time(), role=Role.COORDINATOR)
     roots = TrustRoots.from_file(files.ca)
-    own = roots.verify(to_der(load_certificate(files.cert)), now=time.time(), role=Role.COORDINATOR)
+    for said in roots.out_of_date(time.time()):
+        log.warning("a CA certificate is out of date", file=str(files.ca), detail=said)
+    revocations = RevocationFile(
+        config.revocation_list or files.ca.with_name(LIST_FILE),
+        KeptList(config.state / LIST_FILE, roots, now=time.time()),
+        roots,
+    )
+    revocations.begin(required=config.revocation_list is not None)
+    own = roots.verify(
+        to_der(load_certificate(files.cert)), now=time.time(), role=Role.COORDINATOR, is_revoked=revocations
+    )
     federation = Federation(own.identity.federation, own.der, SoftwareSigner(load_private_key(files.key)))
     vault = open_vault(config.encryption, federation=federation.name, state=config.state)
     sessions = config.state / "sessions"
@@ -109,6 +123,7 @@ async def running(config: CoordinatorConfig) -> AsyncIterator[tuple[Driver, str]
                 sessions=sessions,
                 max_uploads=config.max_uploads,
                 audit=trail,
+                revocations=revocations.current,
             )
             desk = JobDesk(
                 store=store,
@@ -117,19 +132,39 @@ async def running(config: CoordinatorConfig) -> AsyncIterator[tuple[Driver, str]
                 max_model_bytes=config.max_model_bytes,
                 max_unfinished_jobs=config.max_unfinished_jobs,
             )
+            guard = Guard(roots, federation.name, stall_s=config.stall_s, is_revoked=revocations)
             server = grpc.aio.server(
-                interceptors=[Guard(roots, federation.name, stall_s=config.stall_s)],
+                interceptors=[guard],
                 options=(*SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", config.max_connections)),
             )
             _register(server, driver, desk, trail, max_downloads=config.max_downloads)
             address = _bind(server, config.listen, files)
             await server.start()
             counting = asyncio.create_task(_tell_of_connections(config.max_connections))
+            enforcing = asyncio.create_task(_enforce(revocations, driver, guard, roots))
             try:
                 yield driver, address
             finally:
                 counting.cancel()
+                enforcing.cancel()
                 await server.stop(DRAIN_S)
+
+
+async def _enforce(revocations: RevocationFile, driver: Driver, guard: Guard, roots: TrustRoots) -> None:
+    """Have every new list take effect; one that withdraws this coordinator's own certificate ends it."""
+
+    async def own(_new: RevocationList) -> None:
+        roots.verify(driver.federation.certificate, now=time.time(), is_revoked=revocations)
+
+    async def sessions(new: RevocationList) -> None:
+        await driver.post(ListChanged(new))
+
+    for listener in (own, sessions, guard.cut_off):  # a member is dropped as revoked, then its connection is cut
+        revocations.tell(listener)
+    try:
+        await revocations.run()
+    except Exception as error:  # whatever it is: a coordinator that enforces no list any more must stop
+        await driver.post(Crashed(error))
 
 
 async def _tell_of_connections(limit: int) -> None:

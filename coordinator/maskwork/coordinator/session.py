@@ -15,10 +15,12 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from maskwork.coordinator.revocations import withdrawn
 from maskwork.coordinator.shape import SessionShape
 from maskwork.coordinator.spool import Spool, UploadSlots
 from maskwork.coordinator.vault import UploadSeal, Vault
 from maskwork.drop_texts import because, decline_code
+from maskwork.net.revocation import RevocationList
 from maskwork.secagg.errors import DeclineCode, DropReason
 from maskwork.secagg.messages import ShareKeys
 from maskwork.secagg.plan import RoundPlan
@@ -58,6 +60,7 @@ class ActiveSession:
         drops: every member that was dropped, with why.
         doubted: members that said that the model they were sent is not the plan's.
         vault: what accumulator and spools are encrypted with, if they are.
+        revocations: the list that the plan names.
     """
 
     job_id: str
@@ -69,6 +72,7 @@ class ActiveSession:
     model_size: int
     slots: UploadSlots
     opened_at: float
+    revocations: RevocationList
     vault: Vault | None = None
     spools: dict[int, Spool] = field(default_factory=dict)
     additions: list[asyncio.Task[None]] = field(default_factory=list)
@@ -138,7 +142,12 @@ class ActiveSession:
         """The proposal as it goes to every member."""
         bundle = self.certificate_bundle
         return OpenSession(
-            self.core.proposal, self.training_config, self.model_size, hashlib.sha256(bundle).digest(), len(bundle)
+            self.core.proposal,
+            self.training_config,
+            self.model_size,
+            hashlib.sha256(bundle).digest(),
+            len(bundle),
+            revocation_list_size=len(self.revocations.der),
         )
 
     def note_drop(self, name: str, reason: DropReason, detail: str) -> str:
@@ -152,6 +161,11 @@ class ActiveSession:
         if code is DeclineCode.WRONG_MODEL:
             self.doubted.add(name)
         return why
+
+    def withdrawn(self, revocations: RevocationList) -> dict[int, str]:
+        """The members whose certificates a list withdraws, each with why."""
+        found = {index: withdrawn(der, revocations) for index, der in enumerate(self.certificates)}
+        return {index: why for index, why in found.items() if why}
 
     def enter_stage(self, stage: Stage | None, now: float) -> None:
         """Close the books of the stage before."""

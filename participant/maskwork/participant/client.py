@@ -16,7 +16,7 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Container
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,14 @@ from typing import BinaryIO, TypeAlias
 import structlog
 
 from maskwork.net.diagnosis import explain_connection_failure, probe_server
-from maskwork.net.identity import IdentityFiles, Role, TrustRoots, VerifiedCertificate
+from maskwork.net.identity import (
+    IdentityError,
+    IdentityFiles,
+    IdentityProblem,
+    Role,
+    TrustRoots,
+    VerifiedCertificate,
+)
 from maskwork.net.tls import CHANNEL_OPTIONS, CHUNK_BYTES, channel_credentials
 from maskwork.secagg.keys import Segment
 from maskwork.wire import codec
@@ -42,6 +49,8 @@ LONGEST_BACKOFF_S = 5.0
 BACKOFF_GROWTH = 1.25
 """So a pause is about a quarter of the time that the coordinator has been away: a site is soon back after a restart of
 seconds, and dials every few seconds while nobody answers for hours."""
+REFUSED_BACKOFF_S = 300.0
+"""After a certificate was refused: nobody mends that by the second, and a revoked site must not be a nuisance."""
 WELCOME_TIMEOUT_S = 15.0
 HANG_UP_S = 2.0
 STALL_S = 60.0
@@ -107,6 +116,7 @@ class CoordinatorLink:
         inbox: asyncio.Queue[object],
         stall_s: float = STALL_S,
         audit_size: Callable[[], int] = lambda: 0,
+        is_revoked: Container[bytes] = frozenset(),
     ) -> None:
         self._target = target
         self._files = files
@@ -117,6 +127,8 @@ class CoordinatorLink:
         self._inbox = inbox
         self._stall_s = stall_s
         self._audit_size = audit_size
+        self._is_revoked = is_revoked
+        self._redial = asyncio.Event()
         self._greeted = False
         self._down = asyncio.Event()
         self._calls: _Calls | None = None
@@ -126,11 +138,13 @@ class CoordinatorLink:
         """Connect, serve, reconnect, until cancelled."""
         backoff = FIRST_BACKOFF_S
         while True:
-            self._greeted = False
+            self._greeted, refused = False, False
             started = time.monotonic()
+            self._redial.clear()
             try:
                 await self._connection()
             except (grpc.aio.AioRpcError, WireError, ValueError, TimeoutError) as error:
+                refused = is_refusal(error)
                 await self._explain(error)
             finally:
                 self._outbox = None
@@ -138,7 +152,12 @@ class CoordinatorLink:
             if self._greeted and time.monotonic() - started > LONGEST_BACKOFF_S:
                 backoff = FIRST_BACKOFF_S
             # Jitter spreads a federation's reconnects after the coordinator restarts; it needs no secrecy.
-            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311
+            pause = (REFUSED_BACKOFF_S if refused else backoff) * random.uniform(0.5, 1.0)  # noqa: S311
+            if refused:
+                log.error("waiting long before dialling again", seconds=round(pause))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._redial.wait()
             backoff = next_backoff(backoff)
 
     def send(self, session: bytes, message: Request) -> None:
@@ -147,7 +166,8 @@ class CoordinatorLink:
             self._outbox.put_nowait(codec.encode_request(session, message))
 
     def redial(self) -> None:
-        """End the control stream; `run` connects anew."""
+        """End the control stream, or the wait for the next try; `run` connects anew."""
+        self._redial.set()
         if self._outbox is not None:
             self._outbox.put_nowait(None)
 
@@ -249,7 +269,11 @@ class CoordinatorLink:
         if welcome.version != 1:
             raise WireError(f"the coordinator chose protocol version {welcome.version}, which was not offered")
         return self._roots.verify(
-            welcome.coordinator_certificate, now=time.time(), role=Role.COORDINATOR, federation=self._federation
+            welcome.coordinator_certificate,
+            now=time.time(),
+            role=Role.COORDINATOR,
+            federation=self._federation,
+            is_revoked=self._is_revoked,
         )
 
     async def _explain(self, error: Exception) -> None:
@@ -260,12 +284,23 @@ class CoordinatorLink:
         else:
             log.error("connection refused by this site", detail=str(error))
             return
+        if is_refusal(error):
+            remedy = "ask the federation's operator; a new certificate takes effect when this site is started again"
+            log.error("the coordinator refuses this site's certificate", detail=reason, remedy=remedy)
+            return
         if unreachable:
             probed = await asyncio.to_thread(probe_server, self._files, self._target)
             reason = explain_connection_failure(
                 self._files, self._target, now=time.time(), role=Role.PARTICIPANT, reason=probed
             )
         log.warning("not connected", coordinator=self._target, detail=reason)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether a connection failed for what no redialling mends: our certificate or the coordinator's is refused."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error.code() is grpc.StatusCode.UNAUTHENTICATED
+    return isinstance(error, IdentityError) and error.problem is IdentityProblem.REVOKED
 
 
 def next_backoff(backoff_s: float) -> float:

@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, assert_never
 
@@ -28,6 +29,7 @@ from maskwork.participant.coming_back import ComingBack
 from maskwork.participant.config import TaskConfig
 from maskwork.participant.ledger import Ledger, SignedPlan, StaleAttempt
 from maskwork.participant.policy import Policy
+from maskwork.participant.revocations import CoordinatorRevoked, Revocations
 from maskwork.participant.training_calls import MaskRequest, TrainRequest
 from maskwork.participant.work import (
     Failed,
@@ -37,6 +39,7 @@ from maskwork.participant.work import (
     Masked,
     SiteIdentity,
     Trained,
+    Unacceptable,
     Uploaded,
     Work,
     Worker,
@@ -99,6 +102,14 @@ class Driver:
         self._discarding: set[asyncio.Task[None]] = set()
         self._connected = asyncio.Event()
         self._coming_back = ComingBack(scratch=scratch, policy=policy, clock=clock, pause=pause, redial=self._redial)
+        self.revocations = Revocations(
+            scratch.parent,
+            identity.verifier.roots,
+            federation=identity.federation,
+            numbers=ledger,
+            policy=policy,
+            clock=clock,
+        )
         self.inbox: asyncio.Queue[object] = asyncio.Queue(256)
         self.link: Link | None = None
 
@@ -153,6 +164,10 @@ class Driver:
                 self._said(response)
             case Fetched():
                 self._fetched(happening)
+            case Unacceptable(work, refused):
+                if work is self._work:
+                    self._decline(work.id, work.offer.proposal, refused)
+                    self._end()
             case Trained():
                 self._trained(happening)
             case Masked():
@@ -231,6 +246,7 @@ class Driver:
                 rounds_taken=self._ledger.rounds_taken(self._identity.federation, plan.job),
                 now=self._clock(),
             )
+            self.revocations.check_named(plan, offer.revocation_list_size)
             self._audit.check(session, offer, self._coordinator.public_key)
         except PlanRefused as refused:
             self._decline(session, offer.proposal, refused)
@@ -278,11 +294,15 @@ class Driver:
         tries = 0
         while True:
             try:
+                await self.revocations.fetch(work, self.link)
                 model_digest = await self.link.download(work.plan.model_digest, offer.model_size, work.model)
                 await self.link.download(offer.certificates_digest, offer.certificates_size, bundle)
                 if shown.digests_digest:
                     await self.link.download(shown.digests_digest, shown.tail_bytes, history)
                 break
+            except PlanRefused as refused:
+                await self.inbox.put(Unacceptable(work, refused))
+                return
             except TransferError as error:
                 log.warning("download interrupted", detail=str(error))
                 if not self._connected.is_set():
@@ -309,7 +329,7 @@ class Driver:
             name=identity.name,
             fingerprint=identity.fingerprint,
             signer=identity.signer,
-            verifier=identity.verifier,
+            verifier=replace(identity.verifier, is_revoked=work.revocations),
             certificates=dict(enumerate(fetched.certificates)),
             coordinator_key=self._coordinator.public_key,
             model_digest=fetched.model_digest,
@@ -320,14 +340,23 @@ class Driver:
                 min_trusted_survivors=self._policy.min_trusted_survivors,
                 released=self._ledger.releases(identity.federation, plan.model_digest),
                 highest_attempt=self._ledger.highest_attempt(identity.federation, plan.job),
+                revocation_digest=work.revocations.digest,
+                revocation_number=work.revocations.number,
             ),
         )
         taken = self._ledger.rounds_taken(identity.federation, plan.job)
         try:
             check_policy(plan, self._policy, rounds_taken=taken, now=self._clock())
+            self.revocations.rely_upon(work.revocations, plan, fetched.certificates)
+            self.revocations.check_coordinator(self._coordinator)
             started = protocol.begin(work.offer.proposal, site=site, rand=self._entropy(keys.SESSION_SEED_BYTES))
             work.state = started.state
             self._perform(work, started)
+        except CoordinatorRevoked as revoked:
+            self._decline(work.id, work.offer.proposal, revoked)
+            self._end()
+            if self.link is not None:
+                self.link.redial()  # and meets nobody whom this site would talk to
         except PlanRefused as refused:
             self._decline(work.id, work.offer.proposal, refused)
             self._end()

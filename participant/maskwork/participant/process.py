@@ -38,6 +38,8 @@ async def participate(config: ParticipantConfig) -> None:
     roots = TrustRoots.from_file(files.ca)
     own = check_own_files(files, now=time.time(), role=Role.PARTICIPANT, roots=roots)
     federation = own.identity.federation
+    for said in roots.out_of_date(time.time()):
+        log.warning("a CA certificate is out of date", file=str(files.ca), detail=said)
     policy = Policy() if config.policy is None else read_policy(config.policy)
     scratch = config.state / "scratch"
     with Ledger.open(config.state) as ledger, closing(open_trail(config, ledger)) as trail:
@@ -67,6 +69,7 @@ async def participate(config: ParticipantConfig) -> None:
             active_session=driver.active_session,
             inbox=driver.inbox,
             audit_size=lambda: trail.kept_size,
+            is_revoked=driver.revocations,
         )
         driver.link = link
         await _run(driver, link)

@@ -1,7 +1,8 @@
 """Whether a site can take a session: its disk, asked before anything is fetched, and asked again when it could not.
 
-A session needs the model, the certificates and the masked update in `scratch`. It reserves nothing and decides nothing:
-the driver declines, and connects anew when there is room: that is how a coordinator learns that it may ask again.
+A session needs the model, the certificates, the revocation list and the masked update in `scratch`. It reserves nothing
+and decides nothing: the driver declines, and connects anew when there is room: that is how a coordinator learns that it
+may ask again.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def needed_for(offer: OpenSession) -> int:
     plan = offer.proposal.plan
     update = packed_size(plan.parameters, plan.encoding.ring_bits)
     history = offer.history.tail_bytes if offer.history.digests_digest else 0
-    return offer.model_size + offer.certificates_size + history + update + FOR_THE_LEDGER
+    fetched = offer.model_size + offer.certificates_size + history + 2 * offer.revocation_list_size
+    return fetched + update + FOR_THE_LEDGER
 
 
 def make_room(folder: Path, needed: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, ParamSpec, Protocol, TypeAlias, TypeVar
 
 from maskwork.net.identity import ParticipantVerifier
+from maskwork.net.revocation import NO_LIST, RevocationList
 from maskwork.participant import training_calls
 from maskwork.participant.client import LinkDown, LinkUp, Said
 from maskwork.participant.config import TaskConfig
@@ -30,12 +31,20 @@ from maskwork.worker import WorkerProcess
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """The model and the certificates of an offer are here; `refused` says what was found wrong with the rest."""
+    """The model, the certificates and the revocation list of an offer are here; `refused`: what is wrong with the rest."""
 
     work: Work
     model_digest: bytes
     certificates: tuple[bytes, ...] = field(repr=False)
     refused: PlanRefused | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unacceptable:
+    """What was fetched for an offer speaks against it."""
+
+    work: Work
+    refused: PlanRefused
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +80,7 @@ class Failed:
     detail: str
 
 
-Happening: TypeAlias = LinkUp | LinkDown | Said | Fetched | Trained | Masked | Uploaded | Failed
+Happening: TypeAlias = LinkUp | LinkDown | Said | Fetched | Unacceptable | Trained | Masked | Uploaded | Failed
 
 
 @dataclass(eq=False, slots=True)
@@ -86,6 +95,7 @@ class Work:
         state: the protocol's state; None until the model is here.
         trained: whether the update can be masked.
         mask_keys: once the shares were checked.
+        revocations: the list that the plan names, once it is here and read.
         update: the masked update's file, which has no name any more.
         update_sent: its length and digest, for the audit log.
         interrupted: how often an upload broke; the pause before the next one grows with it.
@@ -101,6 +111,7 @@ class Work:
     update: BinaryIO | None = None
     update_sent: tuple[int, bytes] = (0, b"")
     statistics: bytes = field(default=b"", repr=False)
+    revocations: RevocationList = NO_LIST
     uploading: bool = False
     interrupted: int = 0
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
