@@ -31,6 +31,7 @@ from maskwork.coordinator.vault import Vault
 from maskwork.job import Cohort, JobSpec
 from maskwork.net.authority import Authority, IssuedIdentity
 from maskwork.net.identity import ParticipantVerifier, Role, fingerprint, to_der
+from maskwork.net.revocation import NO_LIST, RevocationList
 from maskwork.secagg import client, client_states, keys, masking
 from maskwork.secagg.encoding import encode_statistics
 from maskwork.secagg.keys import Segment, SoftwareSigner
@@ -157,7 +158,9 @@ class LocalSite:
             certificates=dict(enumerate(certificates)),
             coordinator_key=x509.load_pem_x509_certificate(COORDINATOR.cert_pem).public_key(),  # type: ignore[arg-type]
             model_digest=plan.model_digest,
-            rules=client_states.SiteRules(),
+            rules=client_states.SiteRules(
+                revocation_digest=plan.revocation_digest, revocation_number=plan.revocation_number
+            ),
         )
         return client.begin(offer.proposal, site=site, rand=self.name.encode().ljust(32, b"."))
 
@@ -266,6 +269,7 @@ class LocalCoordinator:
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
         worker: InlineWorker | None = None,
         vault: Vault | None = None,
+        revocations: RevocationList = NO_LIST,
     ) -> None:
         self.folder = folder
         self.worker = InlineWorker() if worker is None else worker
@@ -283,6 +287,7 @@ class LocalCoordinator:
             clock=clock,
             ticks=ticks,
             pause=pause,
+            revocations=revocations,
         )
         self.loop: asyncio.Task[None] | None = None
         self.events: list[events.JobEvent] = []

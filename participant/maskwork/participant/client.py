@@ -77,13 +77,18 @@ class LinkDown:
 
 
 @dataclass(frozen=True, slots=True)
+class TurnedAway:
+    """The coordinator does not take this site's certificate, or this site not the coordinator's: no session goes on."""
+
+
+@dataclass(frozen=True, slots=True)
 class Said:
     """A message of the coordinator, not yet decoded: its bitmaps need the roster that the session's plan names."""
 
     response: federation_pb2.ConnectResponse = field(repr=False)
 
 
-LinkEvent: TypeAlias = LinkUp | LinkDown | Said
+LinkEvent: TypeAlias = LinkUp | LinkDown | TurnedAway | Said
 
 
 class _Calls:
@@ -154,6 +159,7 @@ class CoordinatorLink:
             # Jitter spreads a federation's reconnects after the coordinator restarts; it needs no secrecy.
             pause = (REFUSED_BACKOFF_S if refused else backoff) * random.uniform(0.5, 1.0)  # noqa: S311
             if refused:
+                await self._inbox.put(TurnedAway())
                 log.error("waiting long before dialling again", seconds=round(pause))
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause):

@@ -24,7 +24,7 @@ from maskwork.net.identity import VerifiedCertificate
 from maskwork.participant import room, training_calls
 from maskwork.participant.agent import check_offer, check_policy
 from maskwork.participant.audit import SiteTrail
-from maskwork.participant.client import LinkDown, LinkUp, Said, TransferError
+from maskwork.participant.client import LinkDown, LinkUp, Said, TransferError, TurnedAway
 from maskwork.participant.coming_back import ComingBack
 from maskwork.participant.config import TaskConfig
 from maskwork.participant.ledger import Ledger, SignedPlan, StaleAttempt
@@ -160,6 +160,8 @@ class Driver:
             case LinkDown():
                 self._connected.clear()
                 log.warning("connection lost")
+            case TurnedAway():
+                self._abandon("turned away")
             case Said(response):
                 self._said(response)
             case Fetched():
@@ -252,7 +254,7 @@ class Driver:
             self._decline(session, offer.proposal, refused)
             return
         if self._work is not None:  # the coordinator has given up the session before; so do we
-            self._abandon()
+            self._abandon("superseded")
         folder, needed = self._scratch / session.hex(), room.needed_for(offer)
         try:
             room.make_room(folder, needed)
@@ -439,10 +441,11 @@ class Driver:
         else:
             self._step(core.LocalFailure(reason, detail))
 
-    def _abandon(self) -> None:
-        """Drop a session that the coordinator has replaced by another; nobody waits for a Withdraw any more."""
-        log.info("session superseded")
-        self._end()
+    def _abandon(self, why: str) -> None:
+        """Drop a session that the coordinator has replaced by another, or ended; nobody waits for a Withdraw any more."""
+        if self._work is not None:
+            log.info(f"session {why}")
+            self._end()
 
     def _end(self) -> None:
         work, self._work = self._work, None

@@ -15,7 +15,7 @@ from typing import BinaryIO, ParamSpec, Protocol, TypeAlias, TypeVar
 from maskwork.net.identity import ParticipantVerifier
 from maskwork.net.revocation import NO_LIST, RevocationList
 from maskwork.participant import training_calls
-from maskwork.participant.client import LinkDown, LinkUp, Said
+from maskwork.participant.client import LinkDown, LinkUp, Said, TurnedAway
 from maskwork.participant.config import TaskConfig
 from maskwork.participant.training_calls import MaskResult, TrainSummary
 from maskwork.secagg import client_states as core
@@ -80,7 +80,9 @@ class Failed:
     detail: str
 
 
-Happening: TypeAlias = LinkUp | LinkDown | Said | Fetched | Unacceptable | Trained | Masked | Uploaded | Failed
+Happening: TypeAlias = (
+    LinkUp | LinkDown | TurnedAway | Said | Fetched | Unacceptable | Trained | Masked | Uploaded | Failed
+)
 
 
 @dataclass(eq=False, slots=True)
