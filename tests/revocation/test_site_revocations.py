@@ -91,7 +91,7 @@ async def test_the_list_is_fetched_read_kept_and_used(table: Table) -> None:
     work = table.driver._work
     assert work is not None
     assert work.state is not None
-    site = work.state.session.site  # type: ignore[union-attr]  # the session has begun
+    site = work.state.session.site
     assert (site.rules.revocation_number, site.rules.revocation_digest) == (5, hashlib.sha256(FIVE).digest())
     assert site.verifier.is_revoked is table.driver.revocations.current  # type: ignore[attr-defined]  # ours
     with pytest.raises(ValueError, match="revoked"):
@@ -118,13 +118,17 @@ async def test_it_is_on_the_disk_before_the_first_message(table: Table, tmp_path
     assert seen == [(5, True)]
 
 
+def key_of(issued: IssuedIdentity) -> ec.EllipticCurvePrivateKey:
+    key = load_pem_private_key(issued.key_pem, None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return key
+
+
 STRANGER = Authority.create(FED, now=NOW)
-LEAF_KEY = load_pem_private_key(ISSUED[0].key_pem, None)  # of a member of the federation
-assert isinstance(LEAF_KEY, ec.EllipticCurvePrivateKey)
 
 BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "another-ca": (lambda: signed_list(STRANGER, 6, now=NOW), "wrong-ca"),
-    "a-leaf": (lambda: signed_list(AUTHORITY, 6, now=NOW, key=LEAF_KEY), "wrong-ca"),
+    "a-leaf": (lambda: signed_list(AUTHORITY, 6, now=NOW, key=key_of(ISSUED[0])), "wrong-ca"),
     "past-its-next-update": (lambda: signed_list(AUTHORITY, 6, now=NOW - 3 * DAY, days=2), "expired"),
     "from-the-future": (lambda: signed_list(AUTHORITY, 6, now=NOW + DAY), "not-yet"),
     "older-than-the-policy-allows": (

@@ -144,7 +144,7 @@ class Driver:
         return active.spool(member), member
 
     def download(self, site: PresentSite, digest: bytes) -> ModelFile | bytes | None:
-        """What a member of the open session may fetch: model, certificates, revocation list, digests of our audit log."""
+        """What a member of the open session may fetch: model, certificates, revocation list, audit digests."""
         active = None if self._jobs.runner is None else self._jobs.runner.session
         if active is None or active.index_of(site.name, site.fingerprint) is None:
             return None

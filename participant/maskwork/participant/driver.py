@@ -315,16 +315,15 @@ class Driver:
                     raise
                 await asyncio.sleep(DOWNLOAD_PAUSE_S * 2 ** (tries - 1))
         certificates = codec.decode_certificates(bundle.read_bytes(), offer.certificates_digest, work.plan.cohort)
-        refused = await self._audit.check_fetched(work.id, offer, history) if shown.digests_digest else None
-        await self.inbox.put(Fetched(work, model_digest, certificates, refused))
+        bad_history = await self._audit.check_fetched(work.id, offer, history) if shown.digests_digest else None
+        if bad_history is not None:
+            await self.inbox.put(Unacceptable(work, bad_history))
+        else:
+            await self.inbox.put(Fetched(work, model_digest, certificates))
 
     def _fetched(self, fetched: Fetched) -> None:
         work = fetched.work
         if work is not self._work or self._coordinator is None:
-            return
-        if fetched.refused is not None:
-            self._decline(work.id, work.offer.proposal, fetched.refused)
-            self._end()
             return
         plan, identity = work.plan, self._identity
         site = core.Site(
@@ -442,7 +441,7 @@ class Driver:
             self._step(core.LocalFailure(reason, detail))
 
     def _abandon(self, why: str) -> None:
-        """Drop a session that the coordinator has replaced by another, or ended; nobody waits for a Withdraw any more."""
+        """Drop a session that is over at the coordinator, or out of reach; nobody waits for a Withdraw any more."""
         if self._work is not None:
             log.info(f"session {why}")
             self._end()

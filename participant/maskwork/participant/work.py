@@ -31,12 +31,11 @@ from maskwork.worker import WorkerProcess
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """The model, the certificates and the revocation list of an offer are here; `refused`: what is wrong with the rest."""
+    """The model and the certificates of an offer are here, and what else came with it has been read and found good."""
 
     work: Work
     model_digest: bytes
     certificates: tuple[bytes, ...] = field(repr=False)
-    refused: PlanRefused | None = None
 
 
 @dataclass(frozen=True, slots=True)
