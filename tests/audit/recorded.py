@@ -52,7 +52,7 @@ class Recorded:
 @cache
 def recorded(rounds: int = 3) -> Recorded:
     """Five sites, `rounds` rounds; one site is killed in the first, and comes back without its session."""
-    operations = [Op(Kind.CRASH, LEFT_OUT, number=20)]
+    operations = [Op(Kind.CRASH, LEFT_OUT, number=23)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # a killed process leaves files open: see tests/simulation
         world = World(Settings(sites=5, rounds=rounds), ListedSchedule(operations)).run()

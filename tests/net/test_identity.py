@@ -28,6 +28,7 @@ from maskwork.net.identity import (
     serial_bytes,
     to_der,
 )
+from maskwork.net.signed_der import signed_der
 
 NOW = 1_800_000_000.0
 DAY = 86400.0
@@ -243,6 +244,15 @@ def forge(
         extension = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.3.6.1.4.1.99999.1"), bytes(length))
         builder = builder.add_extension(extension, critical=critical)
     return to_der(builder.sign(authority.key, digest or SHA256()))
+
+
+def test_a_serial_number_that_no_list_could_name_is_refused_though_the_ca_signed_it() -> None:
+    tbs = bytearray(LEAF.tbs_certificate_bytes)
+    at = tbs.index(b"\xa0\x03\x02\x01\x02\x02") + 7  # version 3, then INTEGER and its length
+    tbs[at] |= 0x80
+    signature = AUTHORITY.key.sign(bytes(tbs), ec.ECDSA(SHA256()))
+    refused = problem_of(lambda: ROOTS.verify(signed_der(bytes(tbs), signature), now=NOW))
+    assert refused is IdentityProblem.MALFORMED
 
 
 def test_the_forge_makes_good_certificates_when_nothing_is_wrong() -> None:

@@ -411,6 +411,8 @@ def _parse(der: bytes) -> x509.Certificate:
     # Rule 1: parsers forgive, for one, a wrong count of unused bits in the signature, which nothing signs.
     if canonical != der or not subject_readable:
         raise malformed(f"{_described(certificate)} is not signed with ECDSA and SHA-256 in the one valid encoding")
+    if certificate.serial_number < 1:  # RFC 5280 section 4.1.2.2; and a revocation list could not name it
+        raise malformed(f"{_described(certificate)} has a serial number that is not positive")
     with _malformed_extensions(_described_by_subject(certificate)):
         for extension in certificate.extensions:
             if extension.critical and extension.oid not in _UNDERSTOOD_EXTENSIONS:
