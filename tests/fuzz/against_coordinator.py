@@ -12,9 +12,10 @@ import random
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import structlog
@@ -25,6 +26,7 @@ from tests.fuzz.hostile_sockets import SOCKETS, a_thousand_connections
 from tests.fuzz.mutations import mutate_message
 from tests.fuzz.tally import Gauge, Tally, connections_to
 
+from maskwork.errors import UserError
 from maskwork.job import JobSpec
 from maskwork.jobs_client import JobsClient
 from maskwork.net.identity import Role
@@ -32,6 +34,8 @@ from maskwork.participant.client import CoordinatorLink
 from maskwork.tensors import Schema, TensorSpec, write_model
 from maskwork.wire import codec
 from maskwork.wire.v1 import federation_pb2
+
+T = TypeVar("T")
 
 MOST_MIB = 700
 MAX_CONNECTIONS = 1500
@@ -43,6 +47,7 @@ CALM_S = 30.0
 ATTACKERS = 6
 PARAMETERS = 1_000_000
 JOB_PATIENCE_S = 120.0
+ASK_AGAIN_S = 2.0
 LIAR = "liar"
 
 
@@ -140,13 +145,14 @@ async def _one_job(arena: Arena, name: str, spec: JobSpec) -> None:
     async with arena.world.client() as client:
         try:
             async with asyncio.timeout(JOB_PATIENCE_S):
-                job_id = await client.submit(spec, _model(arena.world))
+                model = _model(arena.world)
+                job_id = await _patiently(arena, lambda: client.submit(spec, model))
                 arena.job_ids.append(job_id)
-                state = await _ended(client, job_id)
+                state = await _patiently(arena, lambda: _ended(client, job_id))
         except TimeoutError:
             arena.tally.failed(f"the job {name} did not end within {JOB_PATIENCE_S:g} s")
             return
-        details = await client.get(job_id)
+        details = await _patiently(arena, lambda: client.get(job_id))
     if state != "completed":
         arena.tally.failed(f"the job {name} ended as {state}: {details.job.reason}")
         return
@@ -158,6 +164,18 @@ async def _one_job(arena: Arena, name: str, spec: JobSpec) -> None:
     drops = Counter(figures.get("drop_reasons", {}))
     drops.update(f"{d.participant}: {d.reason}" for d in details.drops)
     figures["drop_reasons"] = dict(drops)
+
+
+async def _patiently(arena: Arena, ask: Callable[[], Awaitable[T]]) -> T:
+    """Ask as a person does: again, when strangers hold every connection (docs/hostile-input.md)."""
+    while True:
+        try:
+            return await ask()
+        except UserError as error:
+            if not ("cannot connect to" in str(error) or "try again" in str(error)):
+                raise
+            arena.tally.figures["asked_again"] = arena.tally.figures.get("asked_again", 0) + 1
+            await asyncio.sleep(ASK_AGAIN_S)
 
 
 async def _ended(client: JobsClient, job_id: str) -> str:
