@@ -161,6 +161,17 @@ async def test_an_operator_reads_why_a_job_waits_and_a_new_certificate_is_let_in
         assert (await coordinator.until_ended()).state is JobState.COMPLETED
 
 
+async def test_a_connected_site_that_is_revoked_between_two_rounds_is_named_where_the_job_waits(tmp_path: Path) -> None:
+    async with federation(tmp_path, SITES[:2]) as (coordinator, sites):
+        coordinator.add_job()
+        await connect_all(coordinator, sites)
+        await coordinator.driver.post(ListChanged(listing(6, "site-b")))
+        told = await coordinator.until(lambda e: isinstance(e, events.Waiting) and "revoked" in e.detail)
+        assert isinstance(told, events.Waiting)
+        assert "1 of the 3" in told.detail
+        assert "site-b: revoked" in told.detail
+
+
 async def test_a_session_that_is_resumed_has_no_revoked_member(tmp_path: Path) -> None:
     coordinator, sites = LocalCoordinator(tmp_path), {name: LocalSite(name) for name in SITES}
     coordinator.start()
@@ -251,7 +262,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "equivocation": (lambda: signed_list(CA, 5, now=NOW), "another list of that number"),
     "another-ca": (lambda: signed_list(Authority.create("ward", now=NOW), 9, now=NOW), "not signed by a CA"),
     "half-written": (lambda: signed_list(CA, 9, now=NOW)[:-9], "not an X.509 revocation list"),
-    "too-long": (lambda: bytes(MAX_LIST_BYTES + 1), "at most"),
+    "too-long": (lambda: bytes(MAX_LIST_BYTES + 1), f"it has {MAX_LIST_BYTES + 1} bytes"),
 }
 
 
