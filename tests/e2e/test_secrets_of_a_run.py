@@ -52,6 +52,7 @@ EXPECTED_FILES = (
     "coordinator.sqlite-wal",
     "accumulator",
     "ledger.sqlite",
+    "audit.log",
     ".log",
     ".sig",
 )
