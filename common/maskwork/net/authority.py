@@ -210,7 +210,7 @@ class Authority:
             Identity(self.federation, role, name),
             now=now,
             days=days,
-            host_names=_host_names(role, dns_names, ip_addresses),
+            host_names=host_names(role, dns_names, ip_addresses),
         )
         return IssuedIdentity(
             identity=Identity(self.federation, role, name),
@@ -303,7 +303,12 @@ def _dated(now: float, days: int, *, no_later_than: datetime | None = None) -> x
     )
 
 
-def _host_names(role: Role, dns_names: Sequence[str], ip_addresses: Sequence[str]) -> list[x509.GeneralName]:
+def host_names(role: Role, dns_names: Sequence[str], ip_addresses: Sequence[str]) -> list[x509.GeneralName]:
+    """A coordinator's host names as its certificate carries them.
+
+    Raises:
+        AuthorityError: Another role has some, a coordinator none, or one is no host name or address.
+    """
     given = [*dns_names, *ip_addresses]
     if role is not Role.COORDINATOR and given:
         raise AuthorityError(
