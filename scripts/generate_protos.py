@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SERVICES = ("audit.proto", "federation.proto", "jobs.proto")
+SERVICES = ("audit.proto", "enrolment.proto", "federation.proto", "jobs.proto")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from rich.console import Console
 from rich.text import Text
 
-from maskwork import pki_request_commands
+from maskwork import pki_enrol_commands, pki_request_commands
 from maskwork.net.authority import CA_CERTIFICATE_FILE, CA_DAYS, CA_KEY_FILE, LEAF_DAYS, Authority, refuse_existing
 from maskwork.net.diagnosis import check_own_files
 from maskwork.net.identity import (
@@ -43,6 +43,7 @@ app = typer.Typer(
 
 add_to(app)
 pki_request_commands.add_to(app)
+pki_enrol_commands.add_to(app)
 
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 

@@ -19,6 +19,8 @@ TABLE = """
 /maskwork.wire.v1.JobService/WatchJob                                 -           -        x         x        x
 /maskwork.wire.v1.JobService/ExportModel                              -           -        x         x        x
 /maskwork.wire.v1.AuditService/ReadAudit                              -           -        x         -        x
+/maskwork.wire.v1.RenewalService/Renew                          -           x        x         x        x
+/maskwork.wire.v1.EnrolmentService/Enrol                        -           -        -         -        -
 /grpc.health.v1.Health/Check                                    x           x        x         x        x
 /grpc.health.v1.Health/List                                     x           x        x         x        x
 /grpc.health.v1.Health/Watch                                    x           x        x         x        x

@@ -16,6 +16,8 @@ _PARTICIPANTS: Final = frozenset({Role.PARTICIPANT})
 _SUBMITTERS: Final = frozenset({Role.OPERATOR, Role.RESEARCHER})
 _AUDITORS: Final = frozenset({Role.OPERATOR, Role.AUDITOR})
 _READERS: Final = frozenset({Role.OPERATOR, Role.RESEARCHER, Role.AUDITOR})
+# A coordinator's certificate carries host names, which somebody has to look at: it is not renewed by itself.
+_RENEWING: Final = frozenset(Role) - {Role.COORDINATOR}
 _ANYONE: Final = frozenset(Role)
 
 PERMISSIONS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
@@ -31,6 +33,7 @@ PERMISSIONS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         "/maskwork.wire.v1.JobService/GetJob": _READERS,
         "/maskwork.wire.v1.JobService/WatchJob": _READERS,
         "/maskwork.wire.v1.AuditService/ReadAudit": _AUDITORS,
+        "/maskwork.wire.v1.RenewalService/Renew": _RENEWING,
         "/grpc.health.v1.Health/Check": _ANYONE,
         "/grpc.health.v1.Health/List": _ANYONE,
         "/grpc.health.v1.Health/Watch": _ANYONE,

@@ -18,11 +18,12 @@ Rules it upholds:
 Sources: DESIGN sections 5 and 7; gRPC core, `include/grpc/impl/channel_arg_names.h`; gRFC A8 (keepalive).
 """
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Final, Protocol
 
 import grpc
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 import maskwork.net
 from maskwork.net.diagnosis import check_own_files, explain_connection_failure, probe_server
@@ -36,6 +37,7 @@ from maskwork.net.identity import (
     read_identity_file,
     to_der,
 )
+from maskwork.net.loaded import LoadedIdentity
 from maskwork.net.names import malformed, shortened
 
 __all__ = [
@@ -45,9 +47,13 @@ __all__ = [
     "HasAuthContext",
     "channel_credentials",
     "check_own_files",
+    "enrolling_credentials",
+    "enrolment_server_credentials",
     "explain_connection_failure",
+    "loaded_channel_credentials",
     "peer_identity",
     "probe_server",
+    "renewable_server_credentials",
     "server_credentials",
 ]
 
@@ -166,6 +172,43 @@ def channel_credentials(files: IdentityFiles) -> grpc.ChannelCredentials:
         private_key=read_identity_file(files.key),
         certificate_chain=read_identity_file(files.cert),
     )
+
+
+def loaded_channel_credentials(identity: LoadedIdentity) -> grpc.ChannelCredentials:
+    """Credentials of a client that goes by the pair that it loaded, whatever the files say by now."""
+    return grpc.ssl_channel_credentials(
+        root_certificates=identity.ca_pem, private_key=identity.key_pem, certificate_chain=identity.cert_pem
+    )
+
+
+def renewable_server_credentials(current: Callable[[], LoadedIdentity]) -> grpc.ServerCredentials:
+    """As `server_credentials`, and each handshake asks `current` for the certificate: none of them needs a restart."""
+
+    def configuration() -> grpc.ServerCertificateConfiguration:
+        identity = current()
+        pair = (identity.key_pem, identity.cert_pem)
+        return grpc.ssl_server_certificate_configuration([pair], root_certificates=identity.ca_pem)
+
+    return grpc.dynamic_ssl_server_credentials(configuration(), configuration, require_client_authentication=True)
+
+
+def enrolment_server_credentials(current: Callable[[], LoadedIdentity]) -> grpc.ServerCredentials:
+    """Credentials of the one port that asks for no client certificate.
+
+    It presents the CA beside its own certificate: who enrols knows no more of the CA than its fingerprint.
+    """
+
+    def configuration() -> grpc.ServerCertificateConfiguration:
+        identity = current()
+        return grpc.ssl_server_certificate_configuration([(identity.key_pem, identity.cert_pem + identity.ca_pem)])
+
+    return grpc.dynamic_ssl_server_credentials(configuration(), configuration, require_client_authentication=False)
+
+
+def enrolling_credentials(roots: TrustRoots) -> grpc.ChannelCredentials:
+    """Credentials of a client that has no certificate yet, and trusts `roots` alone."""
+    pem = b"".join(root.public_bytes(Encoding.PEM) for root in roots.certificates)
+    return grpc.ssl_channel_credentials(root_certificates=pem)
 
 
 def peer_identity(

@@ -46,6 +46,7 @@ class Hello:
     tasks: tuple[str, ...]
     active_session: bytes
     audit_size: int = 0
+    succeeds_another: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,7 @@ def encode_request(session_id: bytes, message: Request) -> federation_pb2.Connec
                     software=message.software,
                     tasks=message.tasks,
                     audit_size=message.audit_size,
+                    succeeds_another=message.succeeds_another,
                 )
             )
         case UploadReady():
@@ -190,7 +192,8 @@ def _decode_hello(request: federation_pb2.ConnectRequest) -> Hello:
     if len(request.session_id) not in (0, 32):
         raise WireError("a Hello that names a session by something that is no session id")
     software = _shown(hello.software, 200)
-    return Hello(tuple(hello.versions), software, tuple(hello.tasks), request.session_id, hello.audit_size)
+    session, size, succeeds = request.session_id, hello.audit_size, hello.succeeds_another
+    return Hello(tuple(hello.versions), software, tuple(hello.tasks), session, size, succeeds)
 
 
 def _shown(text: str, most: int) -> str:

@@ -8,6 +8,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from maskwork.coordinator.at_rest_key import Encryption
+from maskwork.net.authority import LEAF_DAYS
 from maskwork.settings import Address, FilePath, Section, read_toml
 
 
@@ -29,6 +30,10 @@ class CoordinatorConfig(Section):
             file descriptor, and the limit on those should be 500 above it.
         stall_s: longest wait for the next piece of an upload or submission, and for a caller to read what it asked for.
         log_level: debug, info, warning or error.
+        enrolment_listen: address and port on which members enrol by a token, without a certificate; absent: none do.
+        enrolment_ca: directory of the CA (ca.pem and ca-key.pem), so that this coordinator enrols and renews by itself;
+            absent: certificates are signed by whoever holds the CA's key, elsewhere. See docs/enrolment.md.
+        enrolment_days: validity of the certificates that this coordinator signs.
         encryption: encryption at rest.
     """
 
@@ -44,12 +49,17 @@ class CoordinatorConfig(Section):
     max_connections: int = Field(default=2000, ge=16, le=1_000_000)
     stall_s: float = Field(default=60.0, gt=0, le=3600)
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
+    enrolment_listen: Address | None = None
+    enrolment_ca: FilePath | None = None
+    enrolment_days: int = Field(default=LEAF_DAYS, ge=1, le=36500)
     encryption: Encryption = Encryption()
 
     @model_validator(mode="after")
-    def _a_table_says_something(self) -> Self:
+    def _consistent(self) -> Self:
         if "encryption" in self.model_fields_set and not self.encryption.wanted:
             raise ValueError("encryption: give exactly one of key_file, key_env and key_command")
+        if self.enrolment_listen is not None and self.enrolment_ca is None:
+            raise ValueError("enrolment_listen: to enrol members, this coordinator needs enrolment_ca, the CA's key")
         return self
 
     @property
@@ -71,6 +81,7 @@ def read_config(path: Path) -> CoordinatorConfig:
         "state": base / config.state,
         "encryption": config.encryption.relative_to(base),
     }
-    if config.revocation_list is not None:
-        paths["revocation_list"] = base / config.revocation_list
+    for key in ("revocation_list", "enrolment_ca"):
+        if (path_given := getattr(config, key)) is not None:
+            paths[key] = base / path_given
     return config.model_copy(update=paths)

@@ -31,6 +31,7 @@ from maskwork.coordinator.happenings import (
     JobAborted,
     ListChanged,
     Look,
+    OwnCertificateRenewed,
     PeerConnected,
     PeerGone,
     PeerMisbehaved,
@@ -44,6 +45,7 @@ from maskwork.coordinator.happenings import (
 from maskwork.coordinator.job_runner import Federation, JobRunner
 from maskwork.coordinator.models import ModelFile, ModelStore
 from maskwork.coordinator.peers import Peer
+from maskwork.coordinator.renewals import Renewals
 from maskwork.coordinator.revocations import withdrawn
 from maskwork.coordinator.rounds import PresentSite
 from maskwork.coordinator.runner import SessionRunner, Surroundings, Worker
@@ -97,6 +99,7 @@ class Driver:
         self._aborting: JobAborted | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._look_timer: asyncio.TimerHandle | None = None
+        self._renewals = Renewals()
         around = Surroundings(
             store=store,
             models=models,
@@ -167,6 +170,7 @@ class Driver:
             await self._handle(await self._inbox.get())
             self._jobs.after_step()
             if self._jobs.runner is None:
+                self._take_up_renewed()
                 await self._jobs.consider()
 
     async def stop(self) -> None:
@@ -182,6 +186,7 @@ class Driver:
         self.board.close()
         for peer in tuple(self._peers.values()):
             peer.close()
+        self._renewals.close()
         if self._look_timer is not None:
             self._look_timer.cancel()
         if self._jobs.runner is not None:
@@ -233,6 +238,8 @@ class Driver:
                 self._aborting = None
             case ListChanged(revocations):
                 await self._list_changed(revocations)
+            case OwnCertificateRenewed():
+                self._renewals.own(happening)
             case Crashed(error):
                 raise error
             case Look():
@@ -294,13 +301,15 @@ class Driver:
             return
         older = self._peers.get(peer.name)
         before = None if older is None else self._place(older)
+        if before is not None and self._renewals.waits(peer, older):
+            return
         if older is not None:
             log.warning("a newer connection takes the place of one that is still open", participant=peer.name)
             older.close()
         self._peers[peer.name] = peer
+        self._renewals.welcome(peer, self.federation)
         log.info("participant connected", participant=peer.name, connected=len(self._peers))
-        if self._jobs.run is not None:
-            self._jobs.run = rounds.readmit(self._jobs.run, peer.name)
+        self._readmit(peer.name)
         place = self._place(peer)
         if place is not None and peer.active_session == place[0].session.id:
             await place[0].back(place[1])
@@ -313,8 +322,20 @@ class Driver:
             closed = SessionClosed(released=False, phrase="that session is over")
             peer.send(codec.encode_response(peer.active_session, closed, 0))
 
+    def _readmit(self, name: str) -> None:
+        if self._jobs.run is not None:
+            self._jobs.run = rounds.readmit(self._jobs.run, name)
+
+    def _take_up_renewed(self) -> None:
+        """No session is open: certificates that were renewed during the last one count from now on."""
+        self.federation, succeeded = self._renewals.take_up(self.federation, self._peers)
+        self._jobs.federation = self.federation
+        for name in succeeded:
+            self._readmit(name)
+
     async def _gone(self, peer: Peer) -> None:
         place = self._place(peer)
+        self._renewals.gone(peer)
         if self._peers.get(peer.name) is not peer:
             return  # a newer connection took its place
         del self._peers[peer.name]

@@ -15,6 +15,7 @@ from maskwork.coordinator.records import JobRecord
 from maskwork.errors import StoreError
 from maskwork.net.revocation import RevocationList
 from maskwork.secagg import server_states as core
+from maskwork.secagg.keys import Signer
 from maskwork.secagg.messages import ParticipantMessage
 from maskwork.wire.codec import UploadReady
 
@@ -107,6 +108,14 @@ class ListChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnCertificateRenewed:
+    """The coordinator has a new certificate and key, which count once no session is open."""
+
+    certificate: bytes = field(repr=False)
+    signer: Signer = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Crashed:
     """Work beside the loop ended with an error that nobody expected: the loop ends with it."""
 
@@ -130,6 +139,7 @@ Happening: TypeAlias = (
     | ReleaseDone
     | JobAborted
     | ListChanged
+    | OwnCertificateRenewed
     | Crashed
     | Look
 )

@@ -77,6 +77,7 @@ class JobRunner:
     Attributes:
         run: the job that runs, as far as `rounds` knows it.
         runner: the open session.
+        federation: who this coordinator is; changes between sessions alone.
         revocations: the revocation list in force.
     """
 
@@ -94,7 +95,7 @@ class JobRunner:
         self.revocations = revocations
         self.run: JobRun | None = None
         self.runner: SessionRunner | None = None
-        self._federation = federation
+        self.federation = federation
         self._around = around
         self._sessions = sessions
         self._max_uploads = max_uploads
@@ -210,7 +211,7 @@ class JobRunner:
             plan = rounds.build_plan(
                 run,
                 cohort,
-                federation=self._federation.name,
+                federation=self.federation.name,
                 nonce=self._entropy(16),
                 training_digest=hashlib.sha256(config).digest(),
                 revocation_digest=self.revocations.digest,
@@ -228,7 +229,7 @@ class JobRunner:
         plan_bytes = codec.encode_plan(plan)
         identifier = session_id(plan_bytes)
         signed = keys.signed_message("plan", session=identifier, sender=keys.COORDINATOR_INDEX, fields=b"")
-        signature = self._federation.signer.sign(signed)
+        signature = self.federation.signer.sign(signed)
         started = server.begin(Proposal(plan_bytes, signature, plan), public_keys(certificates))
         session = self._new_session(run.job_id, started.state, certificates, config=config, model_size=model_size)
         try:

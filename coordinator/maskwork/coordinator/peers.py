@@ -26,12 +26,16 @@ class Peer:
         certificate: DER, as verified on this connection.
         active_session: the session that the participant says it is still in; empty for none.
         audit_size: how many records are under the head of our audit chain that it keeps; by its word.
+        succeeds_another: it has an older certificate, and another connection, for the session that it is in.
+        welcomed_by: the coordinator's certificate, DER, that this connection was told of; empty: whichever is in use.
     """
 
     site: PresentSite
     certificate: bytes = field(repr=False)
     active_session: bytes = b""
     audit_size: int = 0
+    succeeds_another: bool = False
+    welcomed_by: bytes = field(default=b"", repr=False)
     _outbox: asyncio.Queue[federation_pb2.ConnectResponse | None] = field(
         default_factory=lambda: asyncio.Queue(OUTBOX_LIMIT + 1), repr=False
     )

@@ -21,6 +21,7 @@ AT_A_TIME: Final[Mapping[str, int]] = MappingProxyType(
         "/maskwork.wire.v1.FederationService/Connect": 4,
         "/maskwork.wire.v1.FederationService/Upload": 3,
         "/maskwork.wire.v1.FederationService/Download": 3,
+        "/maskwork.wire.v1.RenewalService/Renew": 1,
         "/maskwork.wire.v1.JobService/SubmitJob": 2,
         "/maskwork.wire.v1.JobService/ExportModel": 4,
         "/maskwork.wire.v1.JobService/WatchJob": 16,

@@ -10,7 +10,7 @@ import asyncio
 import os
 import resource
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing, suppress
 
 import structlog
@@ -24,8 +24,10 @@ from maskwork.coordinator.audit_service import AuditService
 from maskwork.coordinator.audit_store import AuditedStore
 from maskwork.coordinator.config import CoordinatorConfig
 from maskwork.coordinator.driver import Driver
+from maskwork.coordinator.enrolment import RenewalService, enrolling
 from maskwork.coordinator.guard import Guard
-from maskwork.coordinator.happenings import Crashed, ListChanged
+from maskwork.coordinator.happenings import Crashed, ListChanged, OwnCertificateRenewed
+from maskwork.coordinator.issuing import Issuer
 from maskwork.coordinator.job_runner import Federation
 from maskwork.coordinator.jobs import JobDesk
 from maskwork.coordinator.models import ModelStore
@@ -33,16 +35,18 @@ from maskwork.coordinator.revocations import RevocationFile
 from maskwork.coordinator.service import FederationService, JobService
 from maskwork.database import world_failures
 from maskwork.errors import UserError
-from maskwork.net.diagnosis import check_own_files, load_private_key
-from maskwork.net.identity import IdentityFiles, Role, TrustRoots, load_certificate, to_der
+from maskwork.net.identity import IdentityFiles, Role, TrustRoots
 from maskwork.net.kept_list import KeptList
+from maskwork.net.loaded import IdentityWatch, LoadedIdentity
 from maskwork.net.revocation import LIST_FILE, RevocationList
-from maskwork.net.tls import SERVER_OPTIONS, server_credentials
+from maskwork.net.tls import SERVER_OPTIONS, renewable_server_credentials
 from maskwork.secagg.keys import SoftwareSigner
 from maskwork.stopping import Stop
 from maskwork.wire.v1 import (
     audit_pb2,
     audit_pb2_grpc,
+    enrolment_pb2,
+    enrolment_pb2_grpc,
     federation_pb2,
     federation_pb2_grpc,
     jobs_pb2,
@@ -57,6 +61,10 @@ log = structlog.get_logger("maskwork.coordinator")
 DRAIN_S = 5.0
 LOOK_AT_FILES_S = 1.0
 TELL_AGAIN_S = 60.0
+RENEW = (
+    "have a new one signed (`maskwork pki request`, `sign`, `install --force` into this directory); "
+    "it is taken up without a restart"
+)
 FILES_BESIDE_CONNECTIONS = 500
 """Room for the database, models, spools and workers, beside one descriptor for each connection."""
 
@@ -90,8 +98,8 @@ async def serve(config: CoordinatorConfig) -> None:
 async def running(config: CoordinatorConfig) -> AsyncIterator[tuple[Driver, str]]:
     """The services on their port, with a driver whose loop the caller runs."""
     files = IdentityFiles.in_directory(config.identity)
-    check_own_files(files, now=time.time(), role=Role.COORDINATOR)
     roots = TrustRoots.from_file(files.ca)
+    own = LoadedIdentity.load(files, now=time.time(), role=Role.COORDINATOR, roots=roots)
     for said in roots.out_of_date(time.time()):
         log.warning("a CA certificate is out of date", file=str(files.ca), detail=said)
     revocations = RevocationFile(
@@ -100,10 +108,10 @@ async def running(config: CoordinatorConfig) -> AsyncIterator[tuple[Driver, str]
         roots,
     )
     revocations.begin(required=config.revocation_list is not None)
-    own = roots.verify(
-        to_der(load_certificate(files.cert)), now=time.time(), role=Role.COORDINATOR, is_revoked=revocations
-    )
-    federation = Federation(own.identity.federation, own.der, SoftwareSigner(load_private_key(files.key)))
+    roots.verify(own.certificate.der, now=time.time(), role=Role.COORDINATOR, is_revoked=revocations)
+    watch = IdentityWatch(files, own, roots=roots, remedy=RENEW, clock=time.time)
+    federation = Federation(own.certificate.identity.federation, own.certificate.der, SoftwareSigner(own.key))
+    issuer = _issuer(config, federation.name, roots)
     vault = open_vault(config.encryption, federation=federation.name, state=config.state)
     sessions = config.state / "sessions"
     with world_failures(str(sessions)):
@@ -138,16 +146,37 @@ async def running(config: CoordinatorConfig) -> AsyncIterator[tuple[Driver, str]
                 options=(*SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", config.max_connections)),
             )
             _register(server, driver, desk, trail, max_downloads=config.max_downloads)
-            address = _bind(server, config.listen, files)
+            enrolment_pb2_grpc.add_RenewalServiceServicer_to_server(RenewalService(issuer), server)
+            address = _bind(server, config.listen, lambda: watch.current)
             await server.start()
-            counting = asyncio.create_task(_tell_of_connections(config.max_connections))
-            enforcing = asyncio.create_task(_enforce(revocations, driver, guard, roots))
+            beside = (
+                _tell_of_connections(config.max_connections),
+                _enforce(revocations, driver, guard, roots),
+                _renew(watch, driver),
+            )
+            tasks = [asyncio.create_task(work) for work in beside]
             try:
-                yield driver, address
+                async with enrolling(config.enrolment_listen, issuer, lambda: watch.current):
+                    yield driver, address
             finally:
-                counting.cancel()
-                enforcing.cancel()
+                for task in tasks:
+                    task.cancel()
                 await server.stop(DRAIN_S)
+
+
+def _issuer(config: CoordinatorConfig, federation: str, roots: TrustRoots) -> Issuer | None:
+    if config.enrolment_ca is None:
+        return None
+    issuer = Issuer(config.enrolment_ca, federation, days=config.enrolment_days, clock=time.time)
+    issuer.check(roots)
+    return issuer
+
+
+async def _renew(watch: IdentityWatch, driver: Driver) -> None:
+    async def taken(own: LoadedIdentity) -> None:
+        await driver.post(OwnCertificateRenewed(own.certificate.der, SoftwareSigner(own.key)))
+
+    await watch.run(taken)
 
 
 async def _enforce(revocations: RevocationFile, driver: Driver, guard: Guard, roots: TrustRoots) -> None:
@@ -207,16 +236,17 @@ def _register(server: grpc.aio.Server, driver: Driver, desk: JobDesk, trail: Tra
         federation_pb2.DESCRIPTOR.services_by_name["FederationService"].full_name,
         jobs_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
         audit_pb2.DESCRIPTOR.services_by_name["AuditService"].full_name,
+        enrolment_pb2.DESCRIPTOR.services_by_name["RenewalService"].full_name,
         health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
         reflection.SERVICE_NAME,
     )
     reflection.enable_server_reflection(names, server)
 
 
-def _bind(server: grpc.aio.Server, listen: str, files: IdentityFiles) -> str:
+def _bind(server: grpc.aio.Server, listen: str, current: Callable[[], LoadedIdentity]) -> str:
     host = listen.rpartition(":")[0]
     try:
-        port = server.add_secure_port(listen, server_credentials(files))
+        port = server.add_secure_port(listen, renewable_server_credentials(current))
     except RuntimeError as error:
         raise UserError(
             f"cannot listen on {listen}: {str(error).rstrip('.')}. Is another coordinator running there? "

@@ -77,8 +77,7 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
         """The control stream: greet, then carry messages both ways until either side ends it."""
         requests = aiter(request_iterator)
         peer = await self._greet(requests)
-        welcome = codec.Welcome(VERSIONS[0], self._driver.federation.certificate)
-        yield codec.encode_response(b"", welcome, 0)
+        yield codec.encode_response(b"", codec.Welcome(VERSIONS[0], peer.welcomed_by), 0)
         await self._driver.post(PeerConnected(peer))
         reader = asyncio.create_task(self._read(peer, requests))
         try:
@@ -98,7 +97,14 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
             raise Refused(Refusal.NOT_NOW, f"this coordinator speaks protocol versions {VERSIONS}")
         certificate = caller()
         site = PresentSite(certificate.name, certificate.fingerprint, frozenset(hello.tasks))
-        return Peer(site, certificate.der, hello.active_session, hello.audit_size)
+        return Peer(
+            site,
+            certificate.der,
+            hello.active_session,
+            hello.audit_size,
+            succeeds_another=hello.succeeds_another,
+            welcomed_by=self._driver.federation.certificate,
+        )
 
     async def _read(self, peer: Peer, requests: AsyncIterator[federation_pb2.ConnectRequest]) -> None:
         try:

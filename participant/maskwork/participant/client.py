@@ -33,7 +33,8 @@ from maskwork.net.identity import (
     TrustRoots,
     VerifiedCertificate,
 )
-from maskwork.net.tls import CHANNEL_OPTIONS, CHUNK_BYTES, channel_credentials
+from maskwork.net.loaded import LoadedIdentity
+from maskwork.net.tls import CHANNEL_OPTIONS, CHUNK_BYTES, channel_credentials, loaded_channel_credentials
 from maskwork.secagg.keys import Segment
 from maskwork.wire import codec
 from maskwork.wire.codec import Hello, Request, Welcome, WireError
@@ -122,7 +123,11 @@ class CoordinatorLink:
         stall_s: float = STALL_S,
         audit_size: Callable[[], int] = lambda: 0,
         is_revoked: Container[bytes] = frozenset(),
+        identity: LoadedIdentity | None = None,
+        succeeds_another: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._identity = identity
+        self._succeeds_another = succeeds_another
         self._target = target
         self._files = files
         self._roots = roots
@@ -243,12 +248,13 @@ class CoordinatorLink:
         return self._calls
 
     async def _connection(self) -> None:
-        async with grpc.aio.secure_channel(
-            self._target, channel_credentials(self._files), options=CHANNEL_OPTIONS
-        ) as channel:
+        own = self._identity  # if there is one, the files may hold its successor by now
+        credentials = channel_credentials(self._files) if own is None else loaded_channel_credentials(own)
+        async with grpc.aio.secure_channel(self._target, credentials, options=CHANNEL_OPTIONS) as channel:
             calls = _Calls(channel)
             outbox: asyncio.Queue[federation_pb2.ConnectRequest | None] = asyncio.Queue()
-            hello = Hello((1,), "maskwork", self._tasks, self._active_session(), self._audit_size())
+            size, succeeds = self._audit_size(), self._succeeds_another()
+            hello = Hello((1,), "maskwork", self._tasks, self._active_session(), size, succeeds)
             outbox.put_nowait(codec.encode_request(hello.active_session, hello))
             responses = aiter(calls.connect(_requests(outbox)))
             async with asyncio.timeout(WELCOME_TIMEOUT_S):
@@ -261,13 +267,19 @@ class CoordinatorLink:
             await self._inbox.put(LinkUp(coordinator))
             try:
                 async for raw in responses:
-                    await self._inbox.put(Said(codec.parse(federation_pb2.ConnectResponse, raw)))
+                    await self._inbox.put(self._event_of(codec.parse(federation_pb2.ConnectResponse, raw)))
                     await self._inbox.join()
             finally:
                 self._calls = self._outbox = None
                 self._down.set()
                 outbox.put_nowait(None)
                 await self._inbox.put(LinkDown())
+
+    def _event_of(self, response: federation_pb2.ConnectResponse) -> LinkUp | Said:
+        if response.WhichOneof("message") != "welcome":
+            return Said(response)
+        # Between two sessions the coordinator's certificate may be renewed: plans are signed by the new one then.
+        return LinkUp(self._verify(codec.decode_response(response, 0)))
 
     def _verify(self, welcome: codec.Response) -> VerifiedCertificate:
         if not isinstance(welcome, Welcome):

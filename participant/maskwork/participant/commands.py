@@ -10,9 +10,12 @@ import typer
 
 from maskwork import logs
 from maskwork.dumps import forbid_core_dumps
+from maskwork.net.identity import Role
 from maskwork.participant.audit_commands import accept_history
 from maskwork.participant.config import read_config
 from maskwork.participant.policy_commands import check_policy, plans
+from maskwork.pki_enrol_commands import Coordinator, Out, TokenText, enrol_as, tell_renewed
+from maskwork.pki_request_commands import Fingerprints, Force
 
 app = typer.Typer(help="Run a site's participant.", no_args_is_help=True)
 app.command("check-policy")(check_policy)
@@ -40,6 +43,28 @@ def run(config: Config) -> None:
 
 
 @app.command()
+def enrol(
+    coordinator: Coordinator,
+    token_text: TokenText,
+    out: Out,
+    ca_fingerprint: Fingerprints = None,
+    force: Force = False,
+) -> None:
+    """Make this site's key here, and have the coordinator certify it; the token says for whom."""
+    enrol_as(Role.PARTICIPANT, coordinator, token_text, out, ca_fingerprint or [], force=force)
+
+
+@app.command()
+def renew(config: Config) -> None:
+    """Have a new key of this site certified before its certificate expires; a running agent takes it up by itself."""
+    settings = read_config(config)
+    from maskwork import enrolment_client  # gRPC is loaded only where it is needed
+
+    renewed = enrolment_client.renew(settings.coordinator, settings.identity, role=Role.PARTICIPANT)
+    tell_renewed(settings.identity, renewed.not_after)
+
+
+@app.command()
 def health(config: Config) -> None:
     """Ask this site's coordinator, with the site's identity, whether it serves; exit code 1 if not.
 
@@ -48,7 +73,7 @@ def health(config: Config) -> None:
     """
     settings = read_config(config)
     from maskwork.net import health as probe  # gRPC is loaded only where it is needed
-    from maskwork.net.identity import IdentityFiles, Role
+    from maskwork.net.identity import IdentityFiles
 
     probe.ask_whether_serving(
         settings.coordinator, IdentityFiles.in_directory(settings.identity), role=Role.PARTICIPANT

@@ -117,6 +117,10 @@ class Driver:
         """The session that this participant is in, for the Hello of a new connection; empty for none."""
         return b"" if self._work is None else self._work.id
 
+    def take_up(self, identity: SiteIdentity) -> None:
+        """From the next session on this participant goes by another certificate."""
+        self._identity = identity
+
     async def prepare(self) -> None:
         """Start every task's worker and load the site's data, so that mistakes show now and rounds start warm.
 

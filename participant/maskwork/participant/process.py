@@ -9,23 +9,30 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import closing
 
 import structlog
 
-from maskwork.net.diagnosis import check_own_files, load_private_key
 from maskwork.net.identity import IdentityFiles, ParticipantVerifier, Role, TrustRoots
+from maskwork.net.loaded import IdentityWatch, LoadedIdentity
 from maskwork.participant.audit_commands import open_trail
 from maskwork.participant.client import CoordinatorLink
 from maskwork.participant.config import ParticipantConfig
 from maskwork.participant.driver import Driver
 from maskwork.participant.ledger import Ledger
 from maskwork.participant.policy import Policy, read_policy
+from maskwork.participant.succession import RenewableLink
 from maskwork.participant.work import SiteIdentity
 from maskwork.secagg.keys import SoftwareSigner
 from maskwork.stopping import Stop
 
 log = structlog.get_logger("maskwork.participant")
+
+RENEW = (
+    "run `maskwork participant renew`, if the coordinator signs; else `maskwork pki request`, `sign` and "
+    "`install --force` into this directory. It is taken up without a restart"
+)
 
 
 async def participate(config: ParticipantConfig) -> None:
@@ -36,23 +43,17 @@ async def participate(config: ParticipantConfig) -> None:
     """
     files = IdentityFiles.in_directory(config.identity)
     roots = TrustRoots.from_file(files.ca)
-    own = check_own_files(files, now=time.time(), role=Role.PARTICIPANT, roots=roots)
-    federation = own.identity.federation
+    own = LoadedIdentity.load(files, now=time.time(), role=Role.PARTICIPANT, roots=roots)
+    federation = own.certificate.identity.federation
     for said in roots.out_of_date(time.time()):
         log.warning("a CA certificate is out of date", file=str(files.ca), detail=said)
     policy = Policy() if config.policy is None else read_policy(config.policy)
     scratch = config.state / "scratch"
     with Ledger.open(config.state) as ledger, closing(open_trail(config, ledger)) as trail:
         shutil.rmtree(scratch, ignore_errors=True)  # of a process that is gone: sessions do not outlive it
-        identity = SiteIdentity(
-            federation,
-            own.name,
-            own.fingerprint,
-            SoftwareSigner(load_private_key(files.key)),
-            ParticipantVerifier(roots, federation),
-        )
+        verifier = ParticipantVerifier(roots, federation)
         driver = Driver(
-            identity=identity,
+            identity=_site(own, verifier),
             ledger=ledger,
             policy=policy,
             tasks=config.tasks,
@@ -60,22 +61,52 @@ async def participate(config: ParticipantConfig) -> None:
             scratch=scratch,
             audit=trail,
         )
-        link = CoordinatorLink(
-            config.coordinator,
-            files,
-            roots,
-            federation=federation,
-            tasks=tuple(sorted(config.tasks)),
-            active_session=driver.active_session,
+
+        def line(
+            identity: LoadedIdentity,
+            inbox: asyncio.Queue[object],
+            active_session: Callable[[], bytes],
+            succeeds_another: Callable[[], bool],
+        ) -> CoordinatorLink:
+            return CoordinatorLink(
+                config.coordinator,
+                files,
+                roots,
+                federation=federation,
+                tasks=tuple(sorted(config.tasks)),
+                active_session=active_session,
+                inbox=inbox,
+                identity=identity,
+                succeeds_another=succeeds_another,
+                audit_size=lambda: trail.kept_size,
+                is_revoked=driver.revocations,
+            )
+
+        link = RenewableLink(
+            own,
+            make_line=line,
             inbox=driver.inbox,
-            audit_size=lambda: trail.kept_size,
-            is_revoked=driver.revocations,
+            active_session=driver.active_session,
+            take_up=lambda renewed: driver.take_up(_site(renewed, verifier)),
         )
         driver.link = link
-        await _run(driver, link)
+        watch = IdentityWatch(files, own, roots=roots, remedy=RENEW, clock=time.time)
+        watching = asyncio.create_task(watch.run(link.renew))
+        try:
+            await _run(driver, link)
+        finally:
+            watching.cancel()
 
 
-async def _run(driver: Driver, link: CoordinatorLink) -> None:
+def _site(own: LoadedIdentity, verifier: ParticipantVerifier) -> SiteIdentity:
+    """Who this participant is by a certificate."""
+    certificate = own.certificate
+    return SiteIdentity(
+        certificate.identity.federation, certificate.name, certificate.fingerprint, SoftwareSigner(own.key), verifier
+    )
+
+
+async def _run(driver: Driver, link: RenewableLink) -> None:
     stop = Stop()
     stopped = asyncio.create_task(stop.asked.wait())
     try:

@@ -25,35 +25,35 @@ _sym_db = _symbol_database.Default()
 from maskwork.wire.v1 import session_pb2 as maskwork_dot_wire_dot_v1_dot_session__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!maskwork/wire/v1/federation.proto\x12\x10maskwork.wire.v1\x1a\x1emaskwork/wire/v1/session.proto\"\xfb\x03\n\x0e\x43onnectRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12(\n\x05hello\x18\x02 \x01(\x0b\x32\x17.maskwork.wire.v1.HelloH\x00\x12,\n\x07\x64\x65\x63line\x18\x03 \x01(\x0b\x32\x19.maskwork.wire.v1.DeclineH\x00\x12\x39\n\x0e\x61\x64vertise_keys\x18\x04 \x01(\x0b\x32\x1f.maskwork.wire.v1.AdvertiseKeysH\x00\x12\x31\n\nshare_keys\x18\x05 \x01(\x0b\x32\x1b.maskwork.wire.v1.ShareKeysH\x00\x12\x30\n\tcomplaint\x18\x06 \x01(\x0b\x32\x1b.maskwork.wire.v1.ComplaintH\x00\x12\x35\n\x0cupload_ready\x18\x07 \x01(\x0b\x32\x1d.maskwork.wire.v1.UploadReadyH\x00\x12?\n\x11\x63onsistency_check\x18\x08 \x01(\x0b\x32\".maskwork.wire.v1.ConsistencyCheckH\x00\x12*\n\x06unmask\x18\t \x01(\x0b\x32\x18.maskwork.wire.v1.UnmaskH\x00\x12.\n\x08withdraw\x18\n \x01(\x0b\x32\x1a.maskwork.wire.v1.WithdrawH\x00\x42\t\n\x07message\"\x80\x04\n\x0f\x43onnectResponse\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12,\n\x07welcome\x18\x02 \x01(\x0b\x32\x19.maskwork.wire.v1.WelcomeH\x00\x12\x35\n\x0copen_session\x18\x03 \x01(\x0b\x32\x1d.maskwork.wire.v1.OpenSessionH\x00\x12:\n\x0e\x61\x64vertisements\x18\x04 \x01(\x0b\x32 .maskwork.wire.v1.AdvertisementsH\x00\x12=\n\x10\x64\x65livered_shares\x18\x05 \x01(\x0b\x32!.maskwork.wire.v1.DeliveredSharesH\x00\x12\x35\n\x0cupload_grant\x18\x06 \x01(\x0b\x32\x1d.maskwork.wire.v1.UploadGrantH\x00\x12\x37\n\rsurvivor_sets\x18\x07 \x01(\x0b\x32\x1e.maskwork.wire.v1.SurvivorSetsH\x00\x12\x43\n\x13survivor_signatures\x18\x08 \x01(\x0b\x32$.maskwork.wire.v1.SurvivorSignaturesH\x00\x12\x39\n\x0esession_closed\x18\t \x01(\x0b\x32\x1f.maskwork.wire.v1.SessionClosedH\x00\x42\t\n\x07message\"N\n\x05Hello\x12\x10\n\x08versions\x18\x01 \x03(\r\x12\x10\n\x08software\x18\x02 \x01(\t\x12\r\n\x05tasks\x18\x03 \x03(\t\x12\x12\n\naudit_size\x18\x04 \x01(\x04\";\n\x07Welcome\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x1f\n\x17\x63oordinator_certificate\x18\x02 \x01(\x0c\"\r\n\x0bUploadReady\"?\n\x0bUploadGrant\x12\x15\n\rupdate_offset\x18\x01 \x01(\x04\x12\x19\n\x11statistics_offset\x18\x02 \x01(\x04\"m\n\rUploadRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12*\n\x07segment\x18\x02 \x01(\x0e\x32\x19.maskwork.wire.v1.Segment\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\"\n\x0eUploadResponse\x12\x10\n\x08received\x18\x01 \x01(\x04\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"0\n\x10\x44ownloadResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*N\n\x07Segment\x12\x17\n\x13SEGMENT_UNSPECIFIED\x10\x00\x12\x12\n\x0eSEGMENT_UPDATE\x10\x01\x12\x16\n\x12SEGMENT_STATISTICS\x10\x02\x32\x8b\x02\n\x11\x46\x65\x64\x65rationService\x12R\n\x07\x43onnect\x12 .maskwork.wire.v1.ConnectRequest\x1a!.maskwork.wire.v1.ConnectResponse(\x01\x30\x01\x12M\n\x06Upload\x12\x1f.maskwork.wire.v1.UploadRequest\x1a .maskwork.wire.v1.UploadResponse(\x01\x12S\n\x08\x44ownload\x12!.maskwork.wire.v1.DownloadRequest\x1a\".maskwork.wire.v1.DownloadResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!maskwork/wire/v1/federation.proto\x12\x10maskwork.wire.v1\x1a\x1emaskwork/wire/v1/session.proto\"\xfb\x03\n\x0e\x43onnectRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12(\n\x05hello\x18\x02 \x01(\x0b\x32\x17.maskwork.wire.v1.HelloH\x00\x12,\n\x07\x64\x65\x63line\x18\x03 \x01(\x0b\x32\x19.maskwork.wire.v1.DeclineH\x00\x12\x39\n\x0e\x61\x64vertise_keys\x18\x04 \x01(\x0b\x32\x1f.maskwork.wire.v1.AdvertiseKeysH\x00\x12\x31\n\nshare_keys\x18\x05 \x01(\x0b\x32\x1b.maskwork.wire.v1.ShareKeysH\x00\x12\x30\n\tcomplaint\x18\x06 \x01(\x0b\x32\x1b.maskwork.wire.v1.ComplaintH\x00\x12\x35\n\x0cupload_ready\x18\x07 \x01(\x0b\x32\x1d.maskwork.wire.v1.UploadReadyH\x00\x12?\n\x11\x63onsistency_check\x18\x08 \x01(\x0b\x32\".maskwork.wire.v1.ConsistencyCheckH\x00\x12*\n\x06unmask\x18\t \x01(\x0b\x32\x18.maskwork.wire.v1.UnmaskH\x00\x12.\n\x08withdraw\x18\n \x01(\x0b\x32\x1a.maskwork.wire.v1.WithdrawH\x00\x42\t\n\x07message\"\x80\x04\n\x0f\x43onnectResponse\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12,\n\x07welcome\x18\x02 \x01(\x0b\x32\x19.maskwork.wire.v1.WelcomeH\x00\x12\x35\n\x0copen_session\x18\x03 \x01(\x0b\x32\x1d.maskwork.wire.v1.OpenSessionH\x00\x12:\n\x0e\x61\x64vertisements\x18\x04 \x01(\x0b\x32 .maskwork.wire.v1.AdvertisementsH\x00\x12=\n\x10\x64\x65livered_shares\x18\x05 \x01(\x0b\x32!.maskwork.wire.v1.DeliveredSharesH\x00\x12\x35\n\x0cupload_grant\x18\x06 \x01(\x0b\x32\x1d.maskwork.wire.v1.UploadGrantH\x00\x12\x37\n\rsurvivor_sets\x18\x07 \x01(\x0b\x32\x1e.maskwork.wire.v1.SurvivorSetsH\x00\x12\x43\n\x13survivor_signatures\x18\x08 \x01(\x0b\x32$.maskwork.wire.v1.SurvivorSignaturesH\x00\x12\x39\n\x0esession_closed\x18\t \x01(\x0b\x32\x1f.maskwork.wire.v1.SessionClosedH\x00\x42\t\n\x07message\"h\n\x05Hello\x12\x10\n\x08versions\x18\x01 \x03(\r\x12\x10\n\x08software\x18\x02 \x01(\t\x12\r\n\x05tasks\x18\x03 \x03(\t\x12\x12\n\naudit_size\x18\x04 \x01(\x04\x12\x18\n\x10succeeds_another\x18\x08 \x01(\x08\";\n\x07Welcome\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x1f\n\x17\x63oordinator_certificate\x18\x02 \x01(\x0c\"\r\n\x0bUploadReady\"?\n\x0bUploadGrant\x12\x15\n\rupdate_offset\x18\x01 \x01(\x04\x12\x19\n\x11statistics_offset\x18\x02 \x01(\x04\"m\n\rUploadRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12*\n\x07segment\x18\x02 \x01(\x0e\x32\x19.maskwork.wire.v1.Segment\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\"\n\x0eUploadResponse\x12\x10\n\x08received\x18\x01 \x01(\x04\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"0\n\x10\x44ownloadResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*N\n\x07Segment\x12\x17\n\x13SEGMENT_UNSPECIFIED\x10\x00\x12\x12\n\x0eSEGMENT_UPDATE\x10\x01\x12\x16\n\x12SEGMENT_STATISTICS\x10\x02\x32\x8b\x02\n\x11\x46\x65\x64\x65rationService\x12R\n\x07\x43onnect\x12 .maskwork.wire.v1.ConnectRequest\x1a!.maskwork.wire.v1.ConnectResponse(\x01\x30\x01\x12M\n\x06Upload\x12\x1f.maskwork.wire.v1.UploadRequest\x1a .maskwork.wire.v1.UploadResponse(\x01\x12S\n\x08\x44ownload\x12!.maskwork.wire.v1.DownloadRequest\x1a\".maskwork.wire.v1.DownloadResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'maskwork.wire.v1.federation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SEGMENT']._serialized_start=1581
-  _globals['_SEGMENT']._serialized_end=1659
+  _globals['_SEGMENT']._serialized_start=1607
+  _globals['_SEGMENT']._serialized_end=1685
   _globals['_CONNECTREQUEST']._serialized_start=88
   _globals['_CONNECTREQUEST']._serialized_end=595
   _globals['_CONNECTRESPONSE']._serialized_start=598
   _globals['_CONNECTRESPONSE']._serialized_end=1110
   _globals['_HELLO']._serialized_start=1112
-  _globals['_HELLO']._serialized_end=1190
-  _globals['_WELCOME']._serialized_start=1192
-  _globals['_WELCOME']._serialized_end=1251
-  _globals['_UPLOADREADY']._serialized_start=1253
-  _globals['_UPLOADREADY']._serialized_end=1266
-  _globals['_UPLOADGRANT']._serialized_start=1268
-  _globals['_UPLOADGRANT']._serialized_end=1331
-  _globals['_UPLOADREQUEST']._serialized_start=1333
-  _globals['_UPLOADREQUEST']._serialized_end=1442
-  _globals['_UPLOADRESPONSE']._serialized_start=1444
-  _globals['_UPLOADRESPONSE']._serialized_end=1478
-  _globals['_DOWNLOADREQUEST']._serialized_start=1480
-  _globals['_DOWNLOADREQUEST']._serialized_end=1529
-  _globals['_DOWNLOADRESPONSE']._serialized_start=1531
-  _globals['_DOWNLOADRESPONSE']._serialized_end=1579
-  _globals['_FEDERATIONSERVICE']._serialized_start=1662
-  _globals['_FEDERATIONSERVICE']._serialized_end=1929
+  _globals['_HELLO']._serialized_end=1216
+  _globals['_WELCOME']._serialized_start=1218
+  _globals['_WELCOME']._serialized_end=1277
+  _globals['_UPLOADREADY']._serialized_start=1279
+  _globals['_UPLOADREADY']._serialized_end=1292
+  _globals['_UPLOADGRANT']._serialized_start=1294
+  _globals['_UPLOADGRANT']._serialized_end=1357
+  _globals['_UPLOADREQUEST']._serialized_start=1359
+  _globals['_UPLOADREQUEST']._serialized_end=1468
+  _globals['_UPLOADRESPONSE']._serialized_start=1470
+  _globals['_UPLOADRESPONSE']._serialized_end=1504
+  _globals['_DOWNLOADREQUEST']._serialized_start=1506
+  _globals['_DOWNLOADREQUEST']._serialized_end=1555
+  _globals['_DOWNLOADRESPONSE']._serialized_start=1557
+  _globals['_DOWNLOADRESPONSE']._serialized_end=1605
+  _globals['_FEDERATIONSERVICE']._serialized_start=1688
+  _globals['_FEDERATIONSERVICE']._serialized_end=1955
 # @@protoc_insertion_point(module_scope)

@@ -156,9 +156,14 @@ class Hello(_message.Message):
     SOFTWARE_FIELD_NUMBER: _builtins.int
     TASKS_FIELD_NUMBER: _builtins.int
     AUDIT_SIZE_FIELD_NUMBER: _builtins.int
+    SUCCEEDS_ANOTHER_FIELD_NUMBER: _builtins.int
     software: _builtins.str
     audit_size: _builtins.int
     """Records under the head of the coordinator's audit chain that the participant keeps; 0: none."""
+    succeeds_another: _builtins.bool
+    """Another connection of this participant, with the certificate before this one, goes on with the session that it is
+    in; this one takes its place once that session has ended.
+    """
     @_builtins.property
     def versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Protocol versions that the participant speaks, best first."""
@@ -174,10 +179,11 @@ class Hello(_message.Message):
         software: _builtins.str = ...,
         tasks: _abc.Iterable[_builtins.str] | None = ...,
         audit_size: _builtins.int = ...,
+        succeeds_another: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_size", b"audit_size", "software", b"software", "tasks", b"tasks", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_size", b"audit_size", "software", b"software", "succeeds_another", b"succeeds_another", "tasks", b"tasks", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
