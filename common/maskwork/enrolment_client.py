@@ -31,16 +31,16 @@ from maskwork.net.identity import (
     to_der,
 )
 from maskwork.net.installing import RequestFiles, check_new, known_roots, refuse_existing
-from maskwork.net.names import shortened
 from maskwork.net.presented import presented_certificates
 from maskwork.net.requests import new_request
 from maskwork.net.tokens import Token
+from maskwork.wire.job_codec import printable
 from maskwork.wire.v1 import enrolment_pb2, enrolment_pb2_grpc
 
 import grpc  # isort: skip  # after maskwork.net.tls, which sets the TLS floor
 
 TIMEOUT_S: Final = 30.0
-_MAX_SAID: Final = 300
+_MAX_SAID: Final = 500
 
 
 def enrol(
@@ -148,7 +148,7 @@ def _not_renewed(
 
 
 def _said(error: grpc.RpcError) -> str:
-    return shortened((error.details() or error.code().name)[:_MAX_SAID]).strip("'\"")
+    return printable(error.details() or error.code().name)[:_MAX_SAID]
 
 
 def _hosts(coordinator: VerifiedCertificate) -> list[str]:
