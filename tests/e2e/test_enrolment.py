@@ -5,10 +5,11 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -22,7 +23,7 @@ from maskwork.coordinator.server import running
 from maskwork.errors import UserError
 from maskwork.net import tls
 from maskwork.net.authority import Authority
-from maskwork.net.identity import Identity, IdentityFiles, Role, VerifiedCertificate, fingerprint, to_der
+from maskwork.net.identity import Identity, IdentityFiles, Role, TrustRoots, VerifiedCertificate, fingerprint, to_der
 from maskwork.net.register import Register
 from maskwork.net.requests import new_request
 from maskwork.net.tokens import Token, TokenBook
@@ -305,34 +306,53 @@ class Thief:
     def __init__(self, certificate: Path, key: Path) -> None:
         self.heard = b""
         self.connections = 0
+        self._tasks: list[asyncio.Task[Any]] = []
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.minimum_version = ssl.TLSVersion.TLSv1_3
         self._context.load_cert_chain(certificate, key)
         self._context.set_alpn_protocols(["h2"])
 
-    async def serve(self, *, pass_first_to: int | None = None) -> tuple[int, Callable[[], None]]:
+    @asynccontextmanager
+    async def serving(self, *, pass_first_to: int | None = None) -> AsyncIterator[int]:
         """Listen; the first connection may be passed on untouched, as somebody in between can."""
-        plain = await asyncio.start_server(self._meet(pass_first_to), "localhost", 0, family=socket.AF_INET)
-        self._inner = await asyncio.start_server(self._listen, "localhost", 0, family=socket.AF_INET, ssl=self._context)
-        return int(plain.sockets[0].getsockname()[1]), lambda: (plain.close(), self._inner.close(), None)[-1]
+        inner = await asyncio.start_server(self._listen, "localhost", 0, family=socket.AF_INET, ssl=self._context)
+        ours = int(inner.sockets[0].getsockname()[1])
 
-    def _meet(
-        self, pass_first_to: int | None
-    ) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
         async def met(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            self._keep()
             self.connections += 1
-            inner = int(self._inner.sockets[0].getsockname()[1])
-            port = pass_first_to if pass_first_to is not None and self.connections == 1 else inner
+            port = pass_first_to if pass_first_to is not None and self.connections == 1 else ours
             there, back = await asyncio.open_connection("localhost", port)
-            await asyncio.gather(_pour(reader, back), _pour(there, writer))
+            try:
+                await asyncio.gather(_pour(reader, back), _pour(there, writer))
+            finally:
+                writer.close()
+                back.close()
 
-        return met
+        outer = await asyncio.start_server(met, "localhost", 0, family=socket.AF_INET)
+        try:
+            yield int(outer.sockets[0].getsockname()[1])
+        finally:
+            for server in (outer, inner):
+                server.close()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _keep(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.append(task)
 
     async def _listen(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
+        self._keep()
+        try:
             writer.write(bytes.fromhex("000000040000000000"))  # an empty SETTINGS frame: go on, tell me
             while data := await reader.read(4096):
                 self.heard += data
+        except OSError:
+            pass
+        finally:
             writer.close()
 
 
@@ -370,12 +390,9 @@ async def test_somebody_in_between_gets_no_token(
 ) -> None:
     monkeypatch.setattr(enrolment_client, "TIMEOUT_S", 3.0)  # the connection never comes up: no need to wait long
     token, thief = hub.token(), thief_of(hub, kind)
-    port, close = await thief.serve(pass_first_to=hub.port if passes_first else None)
-    try:
+    async with thief.serving(pass_first_to=hub.port if passes_first else None) as port:
         with pytest.raises(UserError) as caught:
             await hub.enrol(token, "site", f"localhost:{port}")
-    finally:
-        close()
     assert thief.connections >= (2 if passes_first else 1)
     assert token.secret.encode() not in thief.heard
     assert token.secret not in str(caught.value)
@@ -389,15 +406,12 @@ async def test_somebody_in_between_gets_no_token(
 async def test_the_thief_would_hear_a_client_that_trusts_it(hub: Hub) -> None:
     """So that the test above can fail."""
     thief = thief_of(hub, "own-ca")
-    port, close = await thief.serve()
-    try:
-        roots = Authority.create("x", now=time.time()).roots.from_file(hub.home / "own-ca" / "ca.pem")
+    async with thief.serving() as port:
+        roots = TrustRoots.from_file(hub.home / "own-ca" / "ca.pem")
         message = enrolment_pb2.EnrolRequest(token="what is said to it")
         async with grpc.aio.secure_channel(f"localhost:{port}", tls.enrolling_credentials(roots)) as channel:
             with pytest.raises(grpc.aio.AioRpcError):
                 await enrolment_pb2_grpc.EnrolmentServiceStub(channel).Enrol(message, timeout=2)
-    finally:
-        close()
     assert b"what is said to it" in thief.heard
 
 
