@@ -21,6 +21,7 @@ from typing import assert_never
 
 import structlog
 
+from maskwork.audit.records import CertificateEvent
 from maskwork.coordinator import rounds
 from maskwork.coordinator.aggregation import Release
 from maskwork.coordinator.audit import Trail
@@ -279,6 +280,9 @@ class Driver:
     # --- participants ----------------------------------------------------------------------------------
 
     async def _list_changed(self, revocations: RevocationList) -> None:
+        self.audit.certificate_event(
+            CertificateEvent(event="list", number=revocations.number, digest=revocations.digest)
+        )
         found = {peer: withdrawn(peer.certificate, revocations) for peer in self._peers.values()}
         revoked = {peer: why for peer, why in found.items() if why}
         await self._jobs.withdraw(revocations, {peer.name: why for peer, why in revoked.items()})
@@ -330,6 +334,7 @@ class Driver:
         """No session is open: certificates that were renewed during the last one count from now on."""
         self.federation, succeeded = self._renewals.take_up(self.federation, self._peers)
         self._jobs.federation = self.federation
+        self.audit.renewed(self.federation.certificate, self.federation.signer)
         for name in succeeded:
             self._readmit(name)
 

@@ -18,11 +18,14 @@ from contextlib import asynccontextmanager
 from typing import Final, NoReturn
 
 import structlog
+from cryptography import x509
 
+from maskwork.audit.records import CertificateEvent
 from maskwork.coordinator.guard import caller
 from maskwork.coordinator.issuing import Issuer
 from maskwork.coordinator.quotas import Bucket
 from maskwork.errors import UserError
+from maskwork.net.identity import fingerprint, to_der
 from maskwork.net.loaded import LoadedIdentity
 from maskwork.net.names import shortened
 from maskwork.net.requests import RequestError
@@ -59,6 +62,8 @@ OPTIONS: Final = (
     ("grpc.max_connection_age_grace_ms", 5_000),
 )
 
+Tell = Callable[[CertificateEvent], None]
+"""Writes down what became of a certificate, before it goes out."""
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
@@ -86,8 +91,9 @@ class Door:
 class Enrolment:
     """Answers strangers who have a token."""
 
-    def __init__(self, issuer: Issuer, *, ticks: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, issuer: Issuer, tell: Tell, *, ticks: Callable[[], float] = time.monotonic) -> None:
         self._issuer = issuer
+        self._tell = tell
         self._ticks = ticks
         self._door = Door()
         self._lines = Bucket(50, 1.0)
@@ -112,6 +118,7 @@ class Enrolment:
         except UserError as error:
             log.error("a member could not be enrolled", detail=str(error))
             await context.abort(grpc.StatusCode.UNAVAILABLE, "this coordinator cannot sign now; its log says why")
+        self._tell(_event("enrolled", request.identity.uri, pem, detail="by a token"))
         log.info("enrolled", who=request.identity.uri, key=request.key_fingerprint.hex())
         return enrolment_pb2.EnrolResponse(certificate=pem).SerializeToString()
 
@@ -125,8 +132,9 @@ class Enrolment:
 class RenewalService(enrolment_pb2_grpc.RenewalServiceServicer):
     """Answers members: another certificate for the caller itself."""
 
-    def __init__(self, issuer: Issuer | None, *, ticks: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, issuer: Issuer | None, tell: Tell, *, ticks: Callable[[], float] = time.monotonic) -> None:
         self._issuer = issuer
+        self._tell = tell
         self._ticks = ticks
         self._pace: dict[str, Bucket] = {}
 
@@ -147,20 +155,21 @@ class RenewalService(enrolment_pb2_grpc.RenewalServiceServicer):
         if not self._pace.setdefault(who, Bucket(RENEWALS_BURST, RENEWALS_PER_S)).take(now):
             raise Refused(Refusal.TOO_MUCH, "this member has renewed its certificate often enough for now")
         pem = await asyncio.to_thread(self._issuer.renew, certificate, request.request)
+        self._tell(_event("renewed", who, pem, by=who, detail=f"replaces {certificate.fingerprint.hex()}"))
         log.info("renewed", who=who, replaces=certificate.fingerprint.hex())
         return enrolment_pb2.RenewResponse(certificate=pem)
 
 
 @asynccontextmanager
 async def enrolling(
-    listen: str | None, issuer: Issuer | None, current: Callable[[], LoadedIdentity]
+    listen: str | None, issuer: Issuer | None, current: Callable[[], LoadedIdentity], tell: Tell
 ) -> AsyncIterator[str]:
     """The enrolment port while it is open; gives its address, empty when there is none."""
     if listen is None or issuer is None:
         yield ""
         return
     server = grpc.aio.server(options=OPTIONS)
-    server.add_generic_rpc_handlers((Enrolment(issuer).handler(),))
+    server.add_generic_rpc_handlers((Enrolment(issuer, tell).handler(),))
     try:
         port = server.add_secure_port(listen, enrolment_server_credentials(current))
     except RuntimeError as error:
@@ -175,6 +184,11 @@ async def enrolling(
         yield address
     finally:
         await server.stop(None)
+
+
+def _event(event: str, who: str, pem: bytes, *, by: str = "", detail: str) -> CertificateEvent:
+    der = to_der(x509.load_pem_x509_certificate(pem))
+    return CertificateEvent(event=event, subject=who, fingerprint=fingerprint(der), by=by, detail=detail)
 
 
 def _address(peer: str) -> str:

@@ -118,7 +118,7 @@ async def running(config: CoordinatorConfig) -> AsyncIterator[tuple[Driver, str]
         sessions.mkdir(parents=True, exist_ok=True)
     models = ModelStore(config.state / "models", vault=vault)
     trail = Trail.open(
-        config.state / LOG_NAME, federation=federation.name, certificate=own.der, signer=federation.signer
+        config.state / LOG_NAME, federation=federation.name, certificate=own.certificate.der, signer=federation.signer
     )
     with closing(trail), AuditedStore.open(config.database_url, vault=vault) as store:
         store.follow(trail)
@@ -146,7 +146,9 @@ async def running(config: CoordinatorConfig) -> AsyncIterator[tuple[Driver, str]
                 options=(*SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", config.max_connections)),
             )
             _register(server, driver, desk, trail, max_downloads=config.max_downloads)
-            enrolment_pb2_grpc.add_RenewalServiceServicer_to_server(RenewalService(issuer), server)
+            enrolment_pb2_grpc.add_RenewalServiceServicer_to_server(
+                RenewalService(issuer, trail.certificate_event), server
+            )
             address = _bind(server, config.listen, lambda: watch.current)
             await server.start()
             beside = (
@@ -156,7 +158,7 @@ async def running(config: CoordinatorConfig) -> AsyncIterator[tuple[Driver, str]
             )
             tasks = [asyncio.create_task(work) for work in beside]
             try:
-                async with enrolling(config.enrolment_listen, issuer, lambda: watch.current):
+                async with enrolling(config.enrolment_listen, issuer, lambda: watch.current, trail.certificate_event):
                     yield driver, address
             finally:
                 for task in tasks:

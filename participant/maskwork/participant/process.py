@@ -82,12 +82,16 @@ async def participate(config: ParticipantConfig) -> None:
                 is_revoked=driver.revocations,
             )
 
+        def take_up(renewed: LoadedIdentity) -> None:
+            driver.take_up(_site(renewed, verifier))
+            trail.renewed(renewed.certificate.der, SoftwareSigner(renewed.key))
+
         link = RenewableLink(
             own,
             make_line=line,
             inbox=driver.inbox,
             active_session=driver.active_session,
-            take_up=lambda renewed: driver.take_up(_site(renewed, verifier)),
+            take_up=take_up,
         )
         driver.link = link
         watch = IdentityWatch(files, own, roots=roots, remedy=RENEW, clock=time.time)
