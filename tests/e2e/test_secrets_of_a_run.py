@@ -80,6 +80,9 @@ class RecordedWorld(World):
         path.write_text(path.read_text() + f'log_level = "debug"\n[encryption]\nkey_file = "{key}"\n')
         return path
 
+    def site_config(self, site: str, **changes: str) -> Path:
+        return super().site_config(site, log_level="debug", **changes)
+
     def task(self, site: str) -> tuple[str, str, dict[str, object]]:
         return "gated", "wide_task:Wide", {"gate": str(self.gate.path), "site": site}
 
