@@ -20,10 +20,11 @@ from tests.revocation.lists import DAY, signed_list
 from maskwork.net.authority import Authority, IssuedIdentity
 from maskwork.net.identity import IdentityProblem, Role, to_der
 from maskwork.net.names import IdentityError
-from maskwork.participant.client import TurnedAway, is_refusal
+from maskwork.participant.client import CoordinatorLink, TurnedAway, is_refusal
 from maskwork.participant.policy import Policy
 from maskwork.secagg.errors import DeclineCode
 from maskwork.secagg.messages import AdvertiseKeys, Decline
+from maskwork.wire import codec
 from maskwork.wire.codec import OpenSession
 
 FED = "test"
@@ -246,6 +247,27 @@ async def test_a_coordinator_that_is_on_the_list_is_left(table: Table) -> None:
     assert caught.value.problem is IdentityProblem.REVOKED
     assert is_refusal(caught.value)
     assert not is_refusal(IdentityError(IdentityProblem.EXPIRED, "x"))
+
+
+async def test_a_connection_to_a_coordinator_that_is_on_the_list_is_refused_by_the_site(
+    table: Table, tmp_path: Path
+) -> None:
+    link = CoordinatorLink(
+        "hub:1",
+        ISSUED[OWN].write(tmp_path / "identity"),
+        AUTHORITY.roots,
+        federation=FED,
+        tasks=(),
+        active_session=table.driver.active_session,
+        inbox=table.driver.inbox,
+        is_revoked=table.driver.revocations,
+    )
+    welcome = codec.Welcome(1, to_der(certificate_of(COORDINATOR)))
+    assert link._verify(welcome).name == "main"
+    der = signed_list(AUTHORITY, 5, [certificate_of(COORDINATOR)], now=NOW)
+    await refusal(table, offer_with(table, der, 5))
+    with pytest.raises(IdentityError, match="revoked"):
+        link._verify(welcome)
 
 
 async def test_a_site_that_is_turned_away_ends_its_training_and_forgets_the_session(table: Table) -> None:
