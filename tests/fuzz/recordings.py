@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from tests.coordinator.local_federation import AUTHORITY, COORDINATOR, ISSUED, der_of, spec
 from tests.secagg.cohort import private_key
 from tests.secagg.harness import Federation, clean_run
 
 from maskwork import job_events as events
+from maskwork.model_signature import ModelStatement, sign_model
+from maskwork.net.identity import Identity, Role, serial_bytes
+from maskwork.net.requests import new_request
+from maskwork.net.revocation import Reason
+from maskwork.net.revoking import next_list
 from maskwork.secagg import client_states, server_states
 from maskwork.secagg import messages as domain
 from maskwork.secagg.errors import AbortReason, DeclineCode
+from maskwork.secagg.keys import SoftwareSigner
 from maskwork.secagg.messages import Complaint, Decline, SessionClosed, Withdraw
 from maskwork.tensors import Schema, TensorSpec, write_model
 from maskwork.wire import codec, job_codec
@@ -125,6 +134,40 @@ def pem_files() -> tuple[bytes, ...]:
 @cache
 def der_certificates() -> tuple[bytes, ...]:
     return (*(der_of(issued) for issued in ISSUED.values()), der_of(COORDINATOR))
+
+
+@cache
+def revocation_list() -> bytes:
+    """A list with two entries, DER."""
+    serials = [serial_bytes(x509.load_der_x509_certificate(der)) for der in der_certificates()[:2]]
+    withdrawn = dict(zip(serials, (Reason.KEY_COMPROMISE, Reason.UNSPECIFIED), strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        return next_list(AUTHORITY, Path(folder), now=time.time(), withdrawn=withdrawn).der
+
+
+@cache
+def request_pem() -> bytes:
+    """What a site asks a CA for."""
+    return new_request(ec.generate_private_key(ec.SECP256R1()), Identity(AUTHORITY.federation, Role.PARTICIPANT, "s"))
+
+
+@cache
+def signature_json() -> bytes:
+    """What lies beside an exported model."""
+    digest = bytes(range(32))
+    statement = ModelStatement(
+        federation=AUTHORITY.federation,
+        job_id="job-1",
+        round_number=1,
+        session_id=digest,
+        file_sha256=digest,
+        model_digest=digest,
+        signed_at=int(time.time()),
+        audit_head=digest,
+        audit_size=9,
+        certificate=der_of(COORDINATOR),
+    )
+    return sign_model(statement, SoftwareSigner(private_key(1))).to_json()
 
 
 @cache

@@ -19,19 +19,26 @@ from typing import Any, TypeVar
 
 from cryptography import x509
 from google.protobuf.message import Message
+from tests.audit.recorded import recorded
 from tests.coordinator.local_federation import AUTHORITY, ISSUED
 from tests.fuzz import recordings
 from tests.fuzz.mutations import mutate_bytes, mutate_json, mutate_message, mutate_text
 from tests.secagg.cohort import NOW
 
+from maskwork.audit.lines import LineError, decode_line, split_line
 from maskwork.coordinator.config import read_config as read_coordinator_config
 from maskwork.errors import UserError
 from maskwork.job import parse_spec, read_job_file
+from maskwork.model_signature import SignatureRefused, parse_signature, verify_signed
 from maskwork.net.diagnosis import check_own_files, load_private_key
 from maskwork.net.identity import IdentityError, IdentityFiles, Role, TrustRoots, load_certificate
+from maskwork.net.requests import CertificateRequest, RequestError, read_request
+from maskwork.net.revocation import RevocationError, RevocationList
+from maskwork.net.tokens import NotAToken, Token
 from maskwork.participant.agent import check_offer
 from maskwork.participant.config import read_config as read_participant_config
 from maskwork.participant.policy import Policy, read_policy
+from maskwork.plan_json import PlanJsonError, canonical_json, plan_of_json
 from maskwork.secagg import client, server, server_states
 from maskwork.secagg.errors import PlanRefused
 from maskwork.task import TrainingConfig, TrainingConfigError
@@ -63,7 +70,7 @@ class Target:
 
 def targets(folder: Path) -> tuple[Target, ...]:
     """Every target; files that are read are written under `folder`."""
-    return (*_wire(), *_states(), *_certificates(folder), *_files(folder))
+    return (*_wire(), *_states(), *_certificates(folder), *_trust(), *_files(folder))
 
 
 # --- the wire -------------------------------------------------------------------------------------------------------
@@ -227,6 +234,43 @@ def _identity(folder: Path, pem: bytes) -> None:
 def _typed(read: Callable[[], object], error: type[Exception]) -> None:
     with suppress(error):
         read()
+
+
+# --- what is signed, asked for and written down ---------------------------------------------------------------------
+
+
+def _trust() -> tuple[Target, ...]:
+    plan = recordings.session().proposal.plan
+    log = recorded().coordinator
+    token = b"participant:site-a:" + b"0" * 16 + b":" + b"a" * 43
+    return (
+        Target("revocation list", _bytes_of((recordings.revocation_list(),)), _list, (RevocationError,)),
+        Target("certificate request", _text(recordings.request_pem()), _csr, (RequestError,)),
+        Target("enrolment token", _text(token), lambda data: Token.parse(data.decode("latin-1")), (NotAToken,)),
+        Target("audit log, a line", _bytes_of(log), decode_line, (LineError,)),
+        Target("audit log, a record", _json(*(split_line(line)[0] for line in log)), _record, (LineError,)),
+        Target("model signature", _text(recordings.signature_json()), _signature, (SignatureRefused, IdentityError)),
+        Target("plan as JSON", _json(canonical_json(plan)), plan_of_json, (PlanJsonError,)),
+    )
+
+
+def _list(der: bytes) -> RevocationList:
+    return RevocationList.parse(der, AUTHORITY.roots, now=time.time())
+
+
+def _csr(pem: bytes) -> CertificateRequest:
+    return read_request(pem, federation=AUTHORITY.federation)
+
+
+def _record(data: bytes) -> object:
+    """A record in a line whose head and signature have the right form: what is judged is the record."""
+    line = recorded().coordinator[0]
+    record, _, _ = split_line(line)
+    return decode_line(line.replace(record, data))
+
+
+def _signature(data: bytes) -> object:
+    return verify_signed(parse_signature(data, named="input"), roots=AUTHORITY.roots, now=time.time())
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
