@@ -95,6 +95,7 @@ class LocalSite:
         self.shared: client_states.SharedKeys | None = None
         self.plan: RoundPlan | None = None
         self.session = b""
+        self.coordinator = der_of(COORDINATOR)
         self.peer: Peer | None = None
         self._masked = (b"", b"")
         self._driver: Driver | None = None
@@ -138,8 +139,8 @@ class LocalSite:
             case UploadGrant():
                 if UploadGrant not in self.silent:
                     await self.upload((message.update_offset, message.statistics_offset))
-            case codec.Welcome():
-                raise AssertionError("the service says Welcome, not the driver")
+            case codec.Welcome():  # the first is the service's; the driver says another when the certificate is renewed
+                self.coordinator = message.coordinator_certificate
             case _:
                 if self.state is not None and response.session_id == self.session:
                     await self.feed(message)
@@ -156,7 +157,7 @@ class LocalSite:
             signer=signer_of(self.issued),
             verifier=ParticipantVerifier(AUTHORITY.roots, "ward"),
             certificates=dict(enumerate(certificates)),
-            coordinator_key=x509.load_pem_x509_certificate(COORDINATOR.cert_pem).public_key(),  # type: ignore[arg-type]
+            coordinator_key=x509.load_der_x509_certificate(self.coordinator).public_key(),  # type: ignore[arg-type]
             model_digest=plan.model_digest,
             rules=client_states.SiteRules(
                 revocation_digest=plan.revocation_digest, revocation_number=plan.revocation_number

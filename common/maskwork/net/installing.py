@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from maskwork.errors import UserError
+from maskwork.net import authority
 from maskwork.net.diagnosis import load_private_key
 from maskwork.net.identity import (
     FINGERPRINT_BYTES,
@@ -143,7 +144,8 @@ class NewIdentity:
         A power cut between two of them leaves the request: the same command puts everything right.
 
         Raises:
-            InstallError: One exists and `overwrite` is not set, or cannot be written.
+            AuthorityError: One exists and `overwrite` is not set.
+            InstallError: One cannot be written.
         """
         refuse_existing(directory, overwrite=overwrite)
         files = IdentityFiles.in_directory(directory)
@@ -158,14 +160,9 @@ def refuse_existing(directory: Path, *, overwrite: bool) -> None:
     """Raise if an identity is there already and may not be replaced.
 
     Raises:
-        InstallError: It is.
+        AuthorityError: It is.
     """
-    files = IdentityFiles.in_directory(directory)
-    existing = [str(path) for path in (files.key, files.cert, files.ca) if path.exists() or path.is_symlink()]
-    if existing and not overwrite:
-        raise InstallError(
-            f"{', '.join(existing)} already there, nothing written: choose another directory, or replace with --force"
-        )
+    authority.refuse_existing(IdentityFiles.in_directory(directory), overwrite=overwrite)
 
 
 def check_new(

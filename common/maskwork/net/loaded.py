@@ -12,7 +12,7 @@ pause between two looks are arguments.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -63,7 +63,15 @@ class LoadedIdentity:
     key_pem: bytes = field(repr=False)
 
     @classmethod
-    def load(cls, files: IdentityFiles, *, now: float, role: Role, roots: TrustRoots) -> "LoadedIdentity":
+    def load(
+        cls,
+        files: IdentityFiles,
+        *,
+        now: float,
+        role: Role,
+        roots: TrustRoots,
+        is_revoked: Container[bytes] = frozenset(),
+    ) -> "LoadedIdentity":
         """Read the three files and check them the way that a peer will.
 
         Raises:
@@ -76,7 +84,7 @@ class LoadedIdentity:
             key = load_pem_private_key(key_pem, password=None)
         except (*UNREADABLE_CERTIFICATE, ValueError, TypeError):
             raise _changing(files) from None
-        certificate = roots.verify(der, now=now, role=role)
+        certificate = roots.verify(der, now=now, role=role, is_revoked=is_revoked)
         if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key:
             raise _changing(files)
         return cls(certificate, cert_pem, ca_pem, key, key_pem)
@@ -92,6 +100,7 @@ class IdentityWatch:
         *,
         roots: TrustRoots,
         remedy: str,
+        is_revoked: Container[bytes] = frozenset(),
         clock: Callable[[], float],
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -102,6 +111,7 @@ class IdentityWatch:
             current: As loaded.
             roots: The federation's CAs, as the service was started with.
             remedy: How a new certificate is got here, for the log.
+            is_revoked: As in `TrustRoots.verify`.
             clock: Unix time in seconds.
             pause: Waits between two looks.
         """
@@ -109,6 +119,7 @@ class IdentityWatch:
         self._current = current
         self._roots = roots
         self._remedy = remedy
+        self._is_revoked = is_revoked
         self._clock = clock
         self._pause = pause
         self._seen: Stamp = ()
@@ -139,6 +150,7 @@ class IdentityWatch:
                 now=self._clock(),
                 role=self._current.certificate.identity.role,
                 roots=self._roots,
+                is_revoked=self._is_revoked,
             )
             if found.certificate.identity != self._current.certificate.identity:
                 raise IdentityError(

@@ -109,7 +109,7 @@ async def running(config: CoordinatorConfig) -> AsyncIterator[tuple[Driver, str]
     )
     revocations.begin(required=config.revocation_list is not None)
     roots.verify(own.certificate.der, now=time.time(), role=Role.COORDINATOR, is_revoked=revocations)
-    watch = IdentityWatch(files, own, roots=roots, remedy=RENEW, clock=time.time)
+    watch = IdentityWatch(files, own, roots=roots, remedy=RENEW, is_revoked=revocations, clock=time.time)
     federation = Federation(own.certificate.identity.federation, own.certificate.der, SoftwareSigner(own.key))
     issuer = _issuer(config, federation.name, roots)
     vault = open_vault(config.encryption, federation=federation.name, state=config.state)

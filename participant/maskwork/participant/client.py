@@ -303,7 +303,7 @@ class CoordinatorLink:
             log.error("connection refused by this site", detail=str(error))
             return
         if is_refusal(error):
-            remedy = "ask the federation's operator; a new certificate takes effect when this site is started again"
+            remedy = "ask the federation's operator; a new certificate is taken up without a restart"
             log.error("the coordinator refuses this site's certificate", detail=reason, remedy=remedy)
             return
         if unreachable:

@@ -94,7 +94,7 @@ async def participate(config: ParticipantConfig) -> None:
             take_up=take_up,
         )
         driver.link = link
-        watch = IdentityWatch(files, own, roots=roots, remedy=RENEW, clock=time.time)
+        watch = IdentityWatch(files, own, roots=roots, remedy=RENEW, is_revoked=driver.revocations, clock=time.time)
         watching = asyncio.create_task(watch.run(link.renew))
         try:
             await _run(driver, link)
