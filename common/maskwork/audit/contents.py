@@ -10,11 +10,11 @@ the mean of what was uploaded. A site's log is judged by `site_contents`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from maskwork.audit.examining import Contradiction, Examining, Steps
 from maskwork.audit.lines import Entry
 from maskwork.audit.records import (
     AttemptEnded,
@@ -30,7 +30,7 @@ from maskwork.audit.records import (
     Survivors,
 )
 from maskwork.audit.verify import Chain, Problem
-from maskwork.net.identity import IdentityError, Role, TrustRoots, VerifiedCertificate
+from maskwork.net.identity import Role, TrustRoots, VerifiedCertificate
 from maskwork.secagg import graph as graphs
 from maskwork.secagg import keys
 from maskwork.secagg.graph import GraphKind
@@ -115,16 +115,9 @@ class Facts:
     problems: list[Problem] = field(default_factory=list)
 
 
-class Contradiction(Exception):
-    """A record cannot be so; the text says why."""
-
-
 def examine(chain: Chain, roots: TrustRoots) -> Facts:
     """Check what the records of a coordinator's log say. The chain should be whole: see `verify_chain`."""
-    examining = _Examining(chain, roots)
-    for entry in chain.entries:
-        examining.take(entry)
-    return examining.facts
+    return _CoordinatorsLog(chain, roots).facts
 
 
 def verified_sets(
@@ -201,17 +194,13 @@ def decoded_plan(record: Plan, federation: str, signers: list[ec.EllipticCurvePu
     return plan
 
 
-class _Examining:
+class _CoordinatorsLog(Examining):
     """One pass over the records of a coordinator's log."""
 
     def __init__(self, chain: Chain, roots: TrustRoots) -> None:
+        super().__init__(chain, roots)
         self.facts = Facts()
-        self._chain = chain
-        self._roots = roots
-        self._federation = "" if chain.owner is None else chain.owner.federation
-        self._certificates: dict[bytes, VerifiedCertificate] = {}
-        self._seen: set[tuple[str, ...]] = set()
-        self._steps: dict[type, Callable[[Entry], None]] = {
+        steps: Steps = {
             Opened: self._opened,
             Certificate: self._certificate,
             JobSubmitted: self._submitted,
@@ -224,18 +213,7 @@ class _Examining:
             JobEnded: self._job_ended,
             Operator: self._operator,
         }
-
-    def take(self, entry: Entry) -> None:
-        try:
-            if entry.record.key is not None:
-                if entry.record.key in self._seen:
-                    raise Contradiction("there is such a record already, and there may be one only")
-                self._seen.add(entry.record.key)
-            step = self._steps.get(type(entry.record))
-            if step is not None:
-                step(entry)
-        except Contradiction as found:
-            self.facts.problems.append(Problem(entry.index, entry.kind, str(found)))
+        self.go_through(steps, self.facts.problems)
 
     def _opened(self, entry: Entry) -> None:
         assert isinstance(entry.record, Opened)
@@ -245,7 +223,7 @@ class _Examining:
     def _certificate(self, entry: Entry) -> None:
         record = entry.record
         assert isinstance(record, Certificate)
-        self._certificates[record.fingerprint] = verified_certificate(record, self._roots, entry.at, self._federation)
+        self.verified(record, entry.at)
 
     def _submitted(self, entry: Entry) -> None:
         record = entry.record
@@ -255,9 +233,9 @@ class _Examining:
     def _plan(self, entry: Entry) -> None:
         record = entry.record
         assert isinstance(record, Plan)
-        plan = decoded_plan(record, self._federation, [key for _, key in self._chain.owner_keys])
+        plan = decoded_plan(record, self.federation, [key for _, key in self.chain.owner_keys])
         at = record.audit_size
-        if at > entry.index or at >= len(self._chain.heads) or self._chain.heads[at] != plan.audit_head:
+        if at > entry.index or at >= len(self.chain.heads) or self.chain.heads[at] != plan.audit_head:
             raise Contradiction(f"the plan names a head that this log did not have at {record.audit_size} records")
         job = self.facts.jobs.get(plan.job)
         if job is None:
@@ -278,7 +256,7 @@ class _Examining:
     def _roster(self, plan: RoundPlan) -> dict[int, VerifiedCertificate]:
         found = {}
         for index, member in enumerate(plan.roster):
-            certificate = self._certificates.get(member.fingerprint)
+            certificate = self.certificates.get(member.fingerprint)
             if certificate is None:
                 raise Contradiction(f"the certificate of {member.participant} in the roster is not in this log")
             if (certificate.identity.role, certificate.name) != (Role.PARTICIPANT, member.participant):
@@ -372,18 +350,3 @@ class _Examining:
         assert isinstance(record, Operator)
         if (job := self.facts.jobs.get(record.job)) is not None:
             job.operators.append(record)
-
-
-def verified_certificate(record: Certificate, roots: TrustRoots, at: float, federation: str) -> VerifiedCertificate:
-    """The certificate of a record, if the CA signed it and it was good when it was written down.
-
-    Raises:
-        Contradiction: it is not.
-    """
-    try:
-        verified = roots.verify(record.certificate, now=at, federation=federation)
-    except IdentityError as error:
-        raise Contradiction(str(error)) from None
-    if verified.fingerprint != record.fingerprint:
-        raise Contradiction("the fingerprint is not that of the certificate")
-    return verified

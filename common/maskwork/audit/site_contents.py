@@ -6,14 +6,14 @@ from the CA's certificate and this log alone. What left the site is the site's o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from maskwork.audit import chain as chains
 from maskwork.audit.chain import EMPTY_HEAD, SignedHead
-from maskwork.audit.contents import Contradiction, decoded_plan, verified_certificate, verified_signers
+from maskwork.audit.contents import decoded_plan, verified_signers
+from maskwork.audit.examining import Contradiction, Examining, Steps
 from maskwork.audit.lines import Entry
 from maskwork.audit.records import (
     Certificate,
@@ -29,7 +29,7 @@ from maskwork.audit.records import (
     SetsSigned,
 )
 from maskwork.audit.verify import Chain, Problem
-from maskwork.net.identity import Role, TrustRoots, VerifiedCertificate
+from maskwork.net.identity import Role, TrustRoots
 from maskwork.secagg import keys
 from maskwork.secagg.messages import ConsistencyCheck, MessageError, SurvivorSets, decode_members
 from maskwork.secagg.plan import RoundPlan
@@ -71,25 +71,18 @@ class SiteFacts:
 
 def examine_site(chain: Chain, roots: TrustRoots) -> SiteFacts:
     """Check what the records of a site's log say. The chain should be whole: see `verify_chain`."""
-    examining = _Examining(chain, roots)
-    for entry in chain.entries:
-        examining.take(entry)
-    return examining.facts
+    return _SitesLog(chain, roots).facts
 
 
-class _Examining:
+class _SitesLog(Examining):
     """One pass over the records of a site's log."""
 
     def __init__(self, chain: Chain, roots: TrustRoots) -> None:
+        super().__init__(chain, roots)
         self.facts = SiteFacts()
-        self._chain = chain
-        self._roots = roots
-        self._federation = "" if chain.owner is None else chain.owner.federation
-        self._certificates: dict[bytes, VerifiedCertificate] = {}
         self._coordinators: list[ec.EllipticCurvePublicKey] = []
         self._kept: tuple[int, bytes] = (0, EMPTY_HEAD)
-        self._seen: set[tuple[str, ...]] = set()
-        self._steps: dict[type, Callable[[Entry], None]] = {
+        steps: Steps = {
             Certificate: self._certificate,
             Plan: self._plan,
             PlanDeclined: self._declined,
@@ -102,38 +95,26 @@ class _Examining:
             Sent: self._sent,
             SessionEnded: self._ended,
         }
-
-    def take(self, entry: Entry) -> None:
-        try:
-            if entry.record.key is not None:
-                if entry.record.key in self._seen:
-                    raise Contradiction("there is such a record already, and there may be one only")
-                self._seen.add(entry.record.key)
-            step = self._steps.get(type(entry.record))
-            if step is not None:
-                step(entry)
-        except Contradiction as found:
-            self.facts.problems.append(Problem(entry.index, entry.kind, str(found)))
+        self.go_through(steps, self.facts.problems)
 
     def _certificate(self, entry: Entry) -> None:
         record = entry.record
         assert isinstance(record, Certificate)
-        verified = verified_certificate(record, self._roots, entry.at, self._federation)
-        self._certificates[record.fingerprint] = verified
+        verified = self.verified(record, entry.at)
         if verified.identity.role is Role.COORDINATOR:
             self._coordinators.append(verified.public_key)
 
     def _plan(self, entry: Entry) -> None:
         record = entry.record
         assert isinstance(record, Plan)
-        plan = decoded_plan(record, self._federation, self._coordinators)
+        plan = decoded_plan(record, self.federation, self._coordinators)
         self.facts.sessions[record.session] = SiteSession(entry.index, plan)
 
     def _declined(self, entry: Entry) -> None:
         record = entry.record
         assert isinstance(record, PlanDeclined)
         shown = Plan(session=record.session, plan=record.plan, signature=record.signature, audit_size=0)
-        plan = decoded_plan(shown, self._federation, self._coordinators)
+        plan = decoded_plan(shown, self.federation, self._coordinators)
         self.facts.sessions.setdefault(record.session, SiteSession(entry.index, plan)).declined = record
 
     def _head(self, entry: Entry) -> None:
@@ -153,7 +134,7 @@ class _Examining:
             raise Contradiction("the records shown do not lead to that head")
 
     def _signed(self, signed: SignedHead) -> None:
-        if not any(chains.is_signed_by(signed, self._federation, key) for key in self._coordinators):
+        if not any(chains.is_signed_by(signed, self.federation, key) for key in self._coordinators):
             raise Contradiction("the head is not signed by the coordinator")
 
     def _refused(self, entry: Entry) -> None:
@@ -190,14 +171,14 @@ class _Examining:
         if index is None:
             raise Contradiction("this site is not in the roster")
         signed = ConsistencyCheck.signed_bytes(sets, session.plan.cohort, session=record.session, sender=index)
-        own = [key for at, key in self._chain.owner_keys if at <= entry.index]
+        own = [key for at, key in self.chain.owner_keys if at <= entry.index]
         if not any(keys.verify_signature(key, record.signature, signed) for key in own):
             raise Contradiction("the signature is not this site's, over these sets")
         session.signed = record
 
     @property
     def _name(self) -> str:
-        return "" if self._chain.owner is None else self._chain.owner.name
+        return "" if self.chain.owner is None else self.chain.owner.name
 
     def _released(self, entry: Entry) -> None:
         record = entry.record
@@ -211,7 +192,7 @@ class _Examining:
             raise Contradiction("the survivors are not those that this site signed")
         if record.model != plan.model_digest:
             raise Contradiction("it is not about the model of the plan")
-        known = {i: self._certificates.get(member.fingerprint) for i, member in enumerate(plan.roster)}
+        known = {i: self.certificates.get(member.fingerprint) for i, member in enumerate(plan.roster)}
         public_keys = {i: certificate.public_key for i, certificate in known.items() if certificate is not None}
         signers = verified_signers(plan, record.session, sets, record.signatures, public_keys)
         if len(signers) < plan.graph.threshold:
