@@ -192,7 +192,7 @@ async def test_a_session_closed_while_fetching_is_forgotten(table: Table) -> Non
 
 
 async def test_an_interrupted_download_goes_on(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskwork.participant.driver.DOWNLOAD_PAUSE_S", 0.0)
+    monkeypatch.setattr("maskwork.participant.errands.DOWNLOAD_PAUSE_S", 0.0)
     table.link.broken_downloads = 3
     session = await table.propose(table.offer())
     await table.settle()
@@ -200,7 +200,7 @@ async def test_an_interrupted_download_goes_on(table: Table, monkeypatch: pytest
 
 
 async def test_a_model_is_fetched_after_however_long_a_cut(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskwork.participant.driver.DOWNLOAD_PAUSE_S", 0.0)
+    monkeypatch.setattr("maskwork.participant.errands.DOWNLOAD_PAUSE_S", 0.0)
     table.link.held_downloads = True
     session = await table.propose(table.offer())
     await table.disconnect()
@@ -213,7 +213,7 @@ async def test_a_model_is_fetched_after_however_long_a_cut(table: Table, monkeyp
 
 
 async def test_a_model_that_cannot_be_had_is_a_decline(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskwork.participant.driver.DOWNLOAD_PAUSE_S", 0.0)
+    monkeypatch.setattr("maskwork.participant.errands.DOWNLOAD_PAUSE_S", 0.0)
     offer = table.offer()
     table.link.blobs.clear()
     session = await table.propose(offer)

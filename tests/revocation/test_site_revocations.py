@@ -282,6 +282,6 @@ async def test_a_site_that_is_turned_away_ends_its_training_and_forgets_the_sess
 
 
 async def test_a_list_whose_download_breaks_is_fetched_again(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskwork.participant.driver.DOWNLOAD_PAUSE_S", 0.0)
+    monkeypatch.setattr("maskwork.participant.errands.DOWNLOAD_PAUSE_S", 0.0)
     table.link.broken_downloads = 3
     assert await takes_part(table, offer_with(table, FIVE, 5))

@@ -12,25 +12,25 @@ import asyncio
 import os
 import shutil
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, assert_never
+from typing import assert_never
 
 import structlog
 
-from maskwork.errors import StorageUnavailable, UserError, storage_unavailable
+from maskwork.errors import StorageUnavailable, storage_unavailable
 from maskwork.net.identity import VerifiedCertificate
-from maskwork.participant import room, training_calls
+from maskwork.participant import room
 from maskwork.participant.agent import check_offer, check_policy
 from maskwork.participant.audit import SiteTrail
-from maskwork.participant.client import LinkDown, LinkUp, Said, TransferError, TurnedAway
+from maskwork.participant.client import LinkDown, LinkUp, Said, TurnedAway
 from maskwork.participant.coming_back import ComingBack
 from maskwork.participant.config import TaskConfig
+from maskwork.participant.errands import Errands
 from maskwork.participant.ledger import Ledger, SignedPlan, StaleAttempt
 from maskwork.participant.policy import Policy
 from maskwork.participant.revocations import CoordinatorRevoked, Revocations
-from maskwork.participant.training_calls import MaskRequest, TrainRequest
 from maskwork.participant.work import (
     Failed,
     Fetched,
@@ -49,21 +49,13 @@ from maskwork.secagg import client as protocol
 from maskwork.secagg import client_states as core
 from maskwork.secagg import keys
 from maskwork.secagg.errors import AbortReason, DeclineCode, PlanRefused
-from maskwork.secagg.masking import MaskingKeys
 from maskwork.secagg.messages import Decline, Proposal, SessionClosed
 from maskwork.secagg.plan import session_id
-from maskwork.task import training_seed
 from maskwork.wire import codec
 from maskwork.wire.codec import OpenSession, UploadGrant, UploadReady, WireError
 from maskwork.wire.v1 import federation_pb2
-from maskwork.worker import WorkerDied, WorkerFault
 
 log = structlog.get_logger("maskwork.participant")
-
-DOWNLOAD_TRIES = 5
-DOWNLOAD_PAUSE_S = 0.5
-UPLOAD_PAUSE_S = 0.05
-LONGEST_UPLOAD_PAUSE_S = 5.0
 
 
 class Driver:
@@ -90,7 +82,6 @@ class Driver:
             federation=identity.federation, certificate=b"", signer=identity.signer, clock=clock
         )
         self._policy = policy
-        self._seed = seed
         self._scratch = scratch
         self._clock = clock
         self._entropy = entropy
@@ -99,7 +90,6 @@ class Driver:
         self._workers: dict[str, Worker] = {}
         self._coordinator: VerifiedCertificate | None = None
         self._work: Work | None = None
-        self._discarding: set[asyncio.Task[None]] = set()
         self._connected = asyncio.Event()
         self._coming_back = ComingBack(scratch=scratch, policy=policy, clock=clock, pause=pause, redial=self._redial)
         self.revocations = Revocations(
@@ -112,10 +102,24 @@ class Driver:
         )
         self.inbox: asyncio.Queue[object] = asyncio.Queue(256)
         self.link: Link | None = None
+        self._errands = Errands(
+            name=identity.name,
+            seed=seed,
+            inbox=self.inbox,
+            link=self._linked,
+            connected=self._connected,
+            workers=self._workers,
+            revocations=self.revocations,
+            audit=self._audit,
+        )
 
     def active_session(self) -> bytes:
         """The session that this participant is in, for the Hello of a new connection; empty for none."""
         return b"" if self._work is None else self._work.id
+
+    def _linked(self) -> Link:
+        assert self.link is not None  # offers come through it
+        return self.link
 
     def take_up(self, identity: SiteIdentity) -> None:
         """From the next session on this participant goes by another certificate."""
@@ -144,8 +148,7 @@ class Driver:
         """Tell the coordinator that this site does not go on with the session that it is in, if it is in one."""
         if self._work is not None:
             self._fail(AbortReason.CANCELLED, "the participant stops")
-        for task in self._discarding:
-            task.cancel()
+        self._errands.cancel()
         self._coming_back.cancel()
 
     async def close(self) -> None:
@@ -269,7 +272,7 @@ class Driver:
             return
         work = self._work = Work(session, offer, config, folder)
         log.info("plan accepted", job=plan.job, round=plan.round_number, attempt=plan.attempt, cohort=plan.cohort)
-        self._spawn(work, self._fetch(work), AbortReason.WRONG_MODEL)
+        self._errands.spawn(work, self._errands.fetch(work), AbortReason.WRONG_MODEL)
 
     def _decline(self, session: bytes, proposal: Proposal, refused: PlanRefused) -> None:
         plan = proposal.plan
@@ -292,38 +295,6 @@ class Driver:
             self._coming_back.when_hours_begin()
         if kept and self._coordinator is not None:
             self._audit.declined(session, proposal, refused, self._coordinator.der)
-
-    async def _fetch(self, work: Work) -> None:
-        assert self.link is not None
-        offer, bundle = work.offer, work.folder / "certificates"
-        shown, history = offer.history, work.folder / "history"
-        tries = 0
-        while True:
-            try:
-                await self.revocations.fetch(work, self.link)
-                model_digest = await self.link.download(work.plan.model_digest, offer.model_size, work.model)
-                await self.link.download(offer.certificates_digest, offer.certificates_size, bundle)
-                if shown.digests_digest:
-                    await self.link.download(shown.digests_digest, shown.tail_bytes, history)
-                break
-            except PlanRefused as refused:
-                await self.inbox.put(Unacceptable(work, refused))
-                return
-            except TransferError as error:
-                log.warning("download interrupted", detail=str(error))
-                if not self._connected.is_set():
-                    await self._connected.wait()  # however long: if the session is over by then, we are told
-                    continue
-                tries += 1
-                if tries == DOWNLOAD_TRIES:
-                    raise
-                await asyncio.sleep(DOWNLOAD_PAUSE_S * 2 ** (tries - 1))
-        certificates = codec.decode_certificates(bundle.read_bytes(), offer.certificates_digest, work.plan.cohort)
-        bad_history = await self._audit.check_fetched(work.id, offer, history) if shown.digests_digest else None
-        if bad_history is not None:
-            await self.inbox.put(Unacceptable(work, bad_history))
-        else:
-            await self.inbox.put(Fetched(work, model_digest, certificates))
 
     def _fetched(self, fetched: Fetched) -> None:
         work = fetched.work
@@ -392,7 +363,7 @@ class Driver:
                     self._audit.sending(work.id, message, step.state)
                     self._send(work.id, message)
                 case core.StartTraining():
-                    self._spawn(work, self._train(work), AbortReason.TRAINING_FAILED)
+                    self._errands.spawn(work, self._errands.train(work), AbortReason.TRAINING_FAILED)
                 case core.MaskUpdate(mask_keys):
                     work.mask_keys = mask_keys
                     self._mask_when_ready(work)
@@ -458,37 +429,12 @@ class Driver:
         for task in work.tasks:
             task.cancel()  # a call that the worker is in the middle of ends the worker
         if work.state is not None:  # training was begun: the worker may hold an update
-            discarding = asyncio.get_running_loop().create_task(_discard(self._workers[work.plan.task], work.id))
-            self._discarding.add(discarding)
-            discarding.add_done_callback(self._discarding.discard)
+            self._errands.discard(work)
         if work.update is not None:
             work.update.close()
         shutil.rmtree(work.folder, ignore_errors=True)
 
     # --- work beside the loop -------------------------------------------------------------------------------------
-
-    def _spawn(self, work: Work, job: Coroutine[None, None, None], reason: AbortReason) -> None:
-        async def guarded() -> None:
-            try:
-                await job
-            except WorkerDied as error:  # and its update with it, whatever was being done to that
-                await self.inbox.put(Failed(work, AbortReason.TRAINING_FAILED, str(error)))
-            except Exception as error:  # a site's own code may raise anything; the session must hear of it
-                short = storage_unavailable(error, file=work.folder)
-                detail = str(short or error) or type(error).__name__
-                why = reason if short is None else AbortReason.STORAGE_FAILED
-                await self.inbox.put(Failed(work, why, detail))
-
-        task = asyncio.get_running_loop().create_task(guarded())
-        work.tasks.add(task)
-        task.add_done_callback(work.tasks.discard)
-
-    async def _train(self, work: Work) -> None:
-        plan = work.plan
-        seed = training_seed(self._seed, job=plan.job, round_number=plan.round_number, participant=self._identity.name)
-        request = TrainRequest(work.id, work.model, plan.parameters, work.config, seed)
-        summary = await self._workers[plan.task].call(training_calls.train, request)
-        await self.inbox.put(Trained(work, summary))
 
     def _trained(self, trained: Trained) -> None:
         work = trained.work
@@ -502,20 +448,8 @@ class Driver:
 
     def _mask_when_ready(self, work: Work) -> None:
         if work.trained and work.mask_keys is not None:
-            self._spawn(work, self._mask(work, work.mask_keys), AbortReason.ENCODING_REFUSED)
+            self._errands.spawn(work, self._errands.mask(work, work.mask_keys), AbortReason.ENCODING_REFUSED)
             work.mask_keys = None
-
-    async def _mask(self, work: Work, mask_keys: MaskingKeys) -> None:
-        request = MaskRequest(
-            session_id=work.id,
-            encoding=work.plan.encoding,
-            keys=mask_keys,
-            rotation_seed=keys.rotation_seed(work.id),
-            statistics=work.plan.statistics,
-            output=work.folder / "update",
-        )
-        result = await self._workers[work.plan.task].call(training_calls.mask, request)
-        await self.inbox.put(Masked(work, result))
 
     def _masked(self, masked: Masked) -> None:
         work = masked.work
@@ -544,18 +478,7 @@ class Driver:
         work.uploading = True
         size, digest = work.update_sent
         self._audit.uploading(work.id, size=size, digest=digest, statistics=work.statistics)
-        self._spawn(work, self._upload(work, work.update, offsets), AbortReason.CANCELLED)
-
-    async def _upload(self, work: Work, update: BinaryIO, offsets: tuple[int, int]) -> None:
-        assert self.link is not None
-        try:
-            received: int | None = await self.link.upload(work.id, update, work.statistics, offsets)
-        except TransferError as error:
-            log.warning("upload interrupted", detail=str(error))
-            received = None
-            work.interrupted += 1
-            await asyncio.sleep(min(UPLOAD_PAUSE_S * 2**work.interrupted, LONGEST_UPLOAD_PAUSE_S))
-        await self.inbox.put(Uploaded(work, received))
+        self._errands.spawn(work, self._errands.upload(work, work.update, offsets), AbortReason.CANCELLED)
 
     def _uploaded(self, uploaded: Uploaded) -> None:
         work = uploaded.work
@@ -576,10 +499,3 @@ _DECLINED = {
 def _told(error: StorageUnavailable) -> str:
     """What the coordinator's operator may know of it: no path of this site's."""
     return f"the scratch directory cannot take a session now: {error.what.partition(' (')[0]}; its log says more"
-
-
-async def _discard(worker: Worker, session: bytes) -> None:
-    try:
-        await worker.call(training_calls.discard, session)
-    except (WorkerDied, WorkerFault, UserError) as error:  # a new worker may not find the site's data any more
-        log.warning("worker gone", detail=str(error))
