@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
 
@@ -26,7 +27,7 @@ from maskwork.participant.driver import Driver
 from maskwork.participant.ledger import Ledger
 from maskwork.participant.policy import Policy
 from maskwork.participant.training_calls import MaskRequest, MaskResult, TrainRequest, TrainSummary
-from maskwork.participant.work import SiteIdentity
+from maskwork.participant.work import SiteIdentity, Worker
 from maskwork.secagg import masking
 from maskwork.secagg.encoding import encode_statistics
 from maskwork.secagg.keys import SoftwareSigner
@@ -41,9 +42,10 @@ EXAMPLES: Final = 10
 
 
 class AddsAConstant:
-    """A training worker without a process: every parameter goes up by 0.25."""
+    """A training worker without a process: every parameter goes up by `step`."""
 
-    def __init__(self) -> None:
+    def __init__(self, step: float = 0.25) -> None:
+        self._step = step
         self._parameters: dict[bytes, int] = {}
 
     async def start(self) -> None:
@@ -65,7 +67,7 @@ class AddsAConstant:
         size = self._parameters[request.session_id]
         packed = np.zeros(packed_size(size, request.encoding.ring_bits), np.uint8)
         masking.mask_update(
-            np.full(size, 0.25, np.float32),
+            np.full(size, self._step, np.float32),
             EXAMPLES,
             encoding=request.encoding,
             keys=request.keys,
@@ -82,9 +84,34 @@ class AddsAConstant:
         self._parameters.pop(session, None)
 
 
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """One participant that is running here: production's own parts, but for the worker."""
+
+    name: str
+    driver: Driver
+    link: CoordinatorLink
+    ledger: Ledger
+
+
 @asynccontextmanager
 async def site(target: str, files: IdentityFiles, state: Path) -> AsyncIterator[CoordinatorLink]:
     """One participant, connected for as long as the block runs."""
+    async with attached(target, files, state) as running:
+        yield running.link
+
+
+@asynccontextmanager
+async def attached(
+    target: str,
+    files: IdentityFiles,
+    state: Path,
+    *,
+    policy: Policy | None = None,
+    worker: Worker | None = None,
+    prepare: Callable[[Driver, CoordinatorLink], None] = lambda _driver, _link: None,
+) -> AsyncIterator[Attached]:
+    """The same, with a policy and a worker of the caller's; `prepare` sees it before it connects."""
     roots = TrustRoots.from_file(files.ca)
     own = roots.verify(to_der(load_certificate(files.cert)), now=time.time(), role=Role.PARTICIPANT)
     federation, tasks = own.identity.federation, {"gated": TaskConfig(use="m:T")}
@@ -98,11 +125,11 @@ async def site(target: str, files: IdentityFiles, state: Path) -> AsyncIterator[
                 ParticipantVerifier(roots, federation),
             ),
             ledger=ledger,
-            policy=Policy(min_weight_cap=1),
+            policy=policy or Policy(min_weight_cap=1),
             tasks=tasks,
             seed=1,
             scratch=state / "scratch",
-            make_worker=lambda _name, _task: AddsAConstant(),
+            make_worker=lambda _name, _task: worker or AddsAConstant(),
         )
         link = driver.link = CoordinatorLink(
             target,
@@ -113,10 +140,11 @@ async def site(target: str, files: IdentityFiles, state: Path) -> AsyncIterator[
             active_session=driver.active_session,
             inbox=driver.inbox,
         )
+        prepare(driver, link)
         await driver.prepare()
         running = [asyncio.create_task(driver.run()), asyncio.create_task(link.run())]
         try:
-            yield link
+            yield Attached(own.name, driver, link, ledger)
         finally:
             for task in running:
                 task.cancel()
