@@ -156,7 +156,8 @@ class Liar:
             async with asyncio.timeout(PATIENCE_S), self._changed:
                 await self._changed.wait_for(wanted)
         except TimeoutError:
-            raise AssertionError(f"it did not happen; heard: {dict(self.heard)}") from None
+            heard = {name: [type(m).__name__ for _, m in said] for name, said in self.heard.items()}
+            raise AssertionError(f"it did not happen; heard: {heard}") from None
 
     async def connected(self, *names: str) -> None:
         await self.until(lambda: set(names) <= self._outboxes.keys())
@@ -427,6 +428,7 @@ async def site(liar: Liar, name: str, *, policy: Policy | None = None) -> AsyncI
     async with attached(liar.world.address, files, liar.world.home / name, policy=policy, worker=worker) as running:
         await liar.connected(name)
         yield running
+    await liar.until(lambda: name not in liar._outboxes)
 
 
 @asynccontextmanager
