@@ -22,14 +22,20 @@ from maskwork.secagg.messages import (
     SurvivorSets,
     SurvivorSignatures,
 )
-from maskwork.secagg.plan import RoundPlan
+from maskwork.secagg.plan import RoundPlan, survivors_digest
 from maskwork.wire.codec import Response, UploadGrant, UploadReady
 
 # --- from another session -------------------------------------------------------------------------------------------
 
 LATER: Final[dict[str, Callable[[Liar, RoundPlan, int], RoundPlan]]] = {
     "attempt": lambda liar, plan, n: liar.plan(SITES, model_digest=plan.model_digest, attempt=n),
-    "round": lambda liar, plan, n: liar.plan(SITES, model_digest=liar.model(1.0), round_number=4, attempt=n),
+    "round": lambda liar, plan, n: liar.plan(
+        SITES,
+        model_digest=liar.model(1.0),
+        round_number=4,
+        attempt=n,
+        previous_survivors=survivors_digest(SITES),
+    ),
     "job": lambda liar, plan, n: liar.plan(SITES, model_digest=plan.model_digest, job="another", attempt=n),
 }
 """Sessions that sites take part in after a first one, by what tells them apart from it."""
@@ -68,6 +74,19 @@ async def test_what_was_signed_for_another_session_is_replayed(another: str, tmp
         for number, alter in enumerate((*replays, changed(DeliveredShares, mix)), 2):
             session = liar.open(LATER[another](liar, plan, number), alter)
             await session.all_leave(AbortReason.BAD_PEER_SIGNATURE)
+
+
+async def test_a_plan_after_a_round_that_went_otherwise(tmp_path: Path) -> None:
+    """Attack: the next round's plan claims other survivors of the last one than those for whom this site gave its
+    shares: a coordinator that keeps two histories. Expected: declined; sites remember whom they helped to unmask.
+    """
+    async with against(tmp_path) as (liar, _):
+        await released_with_everybody(liar)
+        for claimed in ((), SITES[:3]):
+            digest, model = survivors_digest(claimed), liar.model(1.0)
+            plan = liar.plan(SITES, model_digest=model, round_number=4, previous_survivors=digest)
+            for name in SITES:
+                await liar.declines(name, liar.offer(plan), DeclineCode.AUDIT, "not those whom this site helped")
 
 
 async def test_a_plan_of_another_federation_or_by_another_hand(tmp_path: Path) -> None:
