@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from pydantic import ValidationError
 from tests.attacks.liar_coordinator import SITES, Liar, Session, against, changed
 
+from maskwork.job import Cohort
 from maskwork.participant.policy import Policy
 from maskwork.secagg import server_states as core
 from maskwork.secagg.encoding import Encoding, Rotation
@@ -262,3 +264,12 @@ async def test_a_cohort_below_the_sites_own_floor(tmp_path: Path) -> None:
 
         async with site(liar, "site-a", policy=Policy(min_weight_cap=1, min_cohort=5)):
             await liar.declines("site-a", liar.offer(liar.plan(SITES)), DeclineCode.COHORT_TOO_SMALL, "cohort 4 < 5")
+
+
+def test_a_job_for_two_is_none() -> None:
+    """Attack: a researcher asks for a cohort of two, to read one site's update. Expected: no such job."""
+    for key in ("min_participants", "min_survivors", "max_participants"):
+        with pytest.raises(ValidationError, match=key):
+            Cohort.model_validate({key: 2})
+    with pytest.raises(ValidationError, match=r"cohort\.participants"):
+        Cohort(participants=("site-a", "site-b"))
