@@ -17,7 +17,8 @@ from maskwork.net.authority import Authority
 from maskwork.net.identity import Identity, IdentityFiles, Role, fingerprint, to_der
 from maskwork.net.installing import fingerprint_text, parse_fingerprint
 from maskwork.net.names import shortened, utc_text
-from maskwork.net.tokens import Token, TokenBook
+from maskwork.net.tokens import MAX_TOKEN, Token, TokenBook
+from maskwork.net.whole_files import write_whole
 from maskwork.pki_request_commands import Ca, Fingerprints, Force, Name, RoleName, tell_installed
 
 TOKEN_VARIABLE: Final = "MASKWORK_ENROLMENT_TOKEN"  # noqa: S105  # a variable's name
@@ -27,8 +28,9 @@ _UNITS: Final = {"m": 60.0, "h": 3600.0, "d": 86400.0}
 Coordinator = Annotated[str, typer.Option("--coordinator", help="HOST:PORT of the coordinator's enrolment port.")]
 TokenText = Annotated[
     str,
-    typer.Option("--token", envvar=TOKEN_VARIABLE, help="What `maskwork pki token` printed; better in the variable."),
+    typer.Option("--token", envvar=TOKEN_VARIABLE, help="What `maskwork pki token` printed; others see arguments."),
 ]
+TokenFile = Annotated[Path | None, typer.Option("--token-file", help="A file that holds it.", dir_okay=False)]
 Out = Annotated[Path, typer.Option("--out", help="The identity directory; made if missing.")]
 
 
@@ -44,14 +46,19 @@ def token(
     name: Name,
     ca: Ca,
     valid: Annotated[str, typer.Option("--valid", help="How long: 30m, 24h, 7d; at most 30d.")] = "24h",
+    out: Annotated[Path | None, typer.Option("--out", help="Write it there, for its owner alone to read.")] = None,
 ) -> None:
-    """Make a token that lets one member enrol, once; prints what to hand over."""
+    """Make a token that lets one member enrol, once; says what to hand over."""
+    if out is not None and out.exists():
+        raise UserError(f"{out} already there, no token made: choose another file")
     authority, until = Authority.load(ca), time.time() + seconds(valid)
     made = TokenBook(ca).make(Identity(authority.federation, role, name), expires=until)
     who = "participant" if role is Role.PARTICIPANT else "pki"
     typer.echo(f"a token for {role}/{name}, until {utc_text(datetime.fromtimestamp(until, UTC))}; it is shown only now")
     typer.echo("  hand it over so that nobody else reads it, and the fingerprint by another way:")
-    typer.echo(f"  token        {made.text}")
+    if out is not None:
+        write_whole(out, f"{made.text}\n".encode(), private=True)
+    typer.echo(f"  token        {made.text if out is None else out}")
     for root in authority.roots.certificates:
         typer.echo(f"  CA           {fingerprint_text(fingerprint(to_der(root)))}")
     typer.echo(f"  they run     maskwork {who} enrol --coordinator HOST:PORT --ca-fingerprint sha256:… --out DIR")
@@ -59,13 +66,14 @@ def token(
 
 def enrol(
     coordinator: Coordinator,
-    token_text: TokenText,
     out: Out,
+    token_text: TokenText = "",
+    token_file: TokenFile = None,
     ca_fingerprint: Fingerprints = None,
     force: Force = False,
 ) -> None:
     """Make a key here, and have the coordinator certify it; the token says for whom."""
-    enrol_as(None, coordinator, token_text, out, ca_fingerprint or [], force=force)
+    enrol_as(None, coordinator, given_token(token_text, token_file), out, ca_fingerprint or [], force=force)
 
 
 def renew(
@@ -79,14 +87,13 @@ def renew(
 
 
 def enrol_as(
-    role: Role | None, coordinator: str, token_text: str, out: Path, ca_fingerprints: list[str], *, force: bool
+    role: Role | None, coordinator: str, given: Token, out: Path, ca_fingerprints: list[str], *, force: bool
 ) -> None:
     """What both ``enrol`` commands do.
 
     Raises:
         UserError: It did not work.
     """
-    given = Token.parse(token_text)
     if role is not None and given.role is not role:
         raise UserError(f"this token is for a {given.role}: use `maskwork pki enrol`")
     if not ca_fingerprints:
@@ -101,6 +108,22 @@ def enrol_as(
     files = IdentityFiles.in_directory(out)
     tell_installed(verified)
     typer.echo(f"  {files.ca}  {files.cert}  {files.key}")
+
+
+def given_token(text: str, file: Path | None) -> Token:
+    """The token, from wherever it was given.
+
+    Raises:
+        UserError: It was given not at all, or is none, or its file cannot be read.
+    """
+    if file is not None:
+        try:
+            text = file.read_bytes()[: 2 * MAX_TOKEN].decode()
+        except UnicodeDecodeError:
+            text = ""
+    if not text:
+        raise UserError(f"give the enrolment token, in --token-file, in {TOKEN_VARIABLE} or with --token")
+    return Token.parse(text)
 
 
 def tell_renewed(directory: Path, not_after: float) -> None:

@@ -14,7 +14,7 @@ from maskwork.net.identity import Role
 from maskwork.participant.audit_commands import accept_history
 from maskwork.participant.config import read_config
 from maskwork.participant.policy_commands import check_policy, plans
-from maskwork.pki_enrol_commands import Coordinator, Out, TokenText, enrol_as, tell_renewed
+from maskwork.pki_enrol_commands import Coordinator, Out, TokenFile, TokenText, enrol_as, given_token, tell_renewed
 from maskwork.pki_request_commands import Fingerprints, Force
 
 app = typer.Typer(help="Run a site's participant.", no_args_is_help=True)
@@ -45,13 +45,21 @@ def run(config: Config) -> None:
 @app.command()
 def enrol(
     coordinator: Coordinator,
-    token_text: TokenText,
     out: Out,
+    token_text: TokenText = "",
+    token_file: TokenFile = None,
     ca_fingerprint: Fingerprints = None,
     force: Force = False,
 ) -> None:
     """Make this site's key here, and have the coordinator certify it; the token says for whom."""
-    enrol_as(Role.PARTICIPANT, coordinator, token_text, out, ca_fingerprint or [], force=force)
+    enrol_as(
+        Role.PARTICIPANT,
+        coordinator,
+        given_token(token_text, token_file),
+        out,
+        ca_fingerprint or [],
+        force=force,
+    )
 
 
 @app.command()
