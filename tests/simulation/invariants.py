@@ -120,8 +120,14 @@ class Watch:
                 pass
 
     def restarted(self, rounds: tuple[CommittedRound, ...], model: Callable[[bytes], Path]) -> None:
-        """A coordinator has come back with these committed rounds."""
+        """A coordinator has come back with these committed rounds.
+
+        One of them may be new to us: it was killed when the database had the round and its audit log had not.
+        """
         kept = {committed.round_number: committed for committed in rounds}
+        following = len(self.committed) + 1
+        if following in kept:
+            self.committed[following] = kept[following]
         must(kept == self.committed, "a committed round is not what it was before the restart")
         for committed in rounds:
             model(committed.model)  # raises when it is missing or damaged

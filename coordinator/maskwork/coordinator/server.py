@@ -117,10 +117,7 @@ async def running(config: CoordinatorConfig) -> AsyncIterator[tuple[Driver, str]
     with world_failures(str(sessions)):
         sessions.mkdir(parents=True, exist_ok=True)
     models = ModelStore(config.state / "models", vault=vault)
-    trail = Trail.open(
-        config.state / LOG_NAME, federation=federation.name, certificate=own.certificate.der, signer=federation.signer
-    )
-    with closing(trail), AuditedStore.open(config.database_url, vault=vault) as store:
+    with AuditedStore.open(config.database_url, vault=vault) as store, closing(_trail(config, federation)) as trail:
         store.follow(trail)
         async with WorkerProcess(name="aggregation", preload=("maskwork.coordinator.aggregation",)) as worker:
             driver = Driver(
@@ -164,6 +161,15 @@ async def running(config: CoordinatorConfig) -> AsyncIterator[tuple[Driver, str]
                 for task in tasks:
                     task.cancel()
                 await server.stop(DRAIN_S)
+
+
+def _trail(config: CoordinatorConfig, federation: Federation) -> Trail:
+    return Trail.open(
+        config.state / LOG_NAME,
+        federation=federation.name,
+        certificate=federation.certificate,
+        signer=federation.signer,
+    )
 
 
 def _issuer(config: CoordinatorConfig, federation: str, roots: TrustRoots) -> Issuer | None:
