@@ -237,9 +237,9 @@ class Liar:
         path = self.world.home / "model.safetensors"
         weights = np.full(PARAMETERS, value, np.float32)
         write_model(path, Schema((TensorSpec("weight", "F32", (PARAMETERS,)),)), weights, {})
-        return self._hand_out(path.read_bytes())
+        return self.hand_out(path.read_bytes())
 
-    def _hand_out(self, data: bytes) -> bytes:
+    def hand_out(self, data: bytes) -> bytes:
         digest = hashlib.sha256(data).digest()
         self.blobs[digest] = data
         return digest
@@ -273,7 +273,7 @@ class Liar:
         signed = keys.signed_message("plan", session=session_id(plan_bytes), sender=keys.COORDINATOR_INDEX, fields=b"")
         signature = SoftwareSigner(self.coordinator_key()).sign(signed)
         size = len(self.blobs.get(plan.model_digest, b"x"))
-        digest = self._hand_out(bundle)
+        digest = self.hand_out(bundle)
         return OpenSession(Proposal(plan_bytes, signature, plan), CONFIG, size, digest, len(bundle))
 
     def open(self, plan: RoundPlan, alter: Alter = as_it_is, **changes: Any) -> Session:
