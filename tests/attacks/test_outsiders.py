@@ -85,6 +85,20 @@ async def call(world: World, files: IdentityFiles, method: str, *messages: bytes
     return code, detail or "", len(heard)
 
 
+def status_of(world: World, files: IdentityFiles, method: str) -> grpc.StatusCode:
+    """How a call with one message ends, whatever the method's kind: a refusal looks the same on the wire.
+
+    Not by the asyncio client, which can lose the status of a refusal (github.com/grpc/grpc/issues/36066).
+    """
+    with grpc.secure_channel(world.address, channel_credentials(files), options=CHANNEL_OPTIONS) as channel:
+        try:
+            ask: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(method)
+            ask(hello(), timeout=20)
+        except grpc.RpcError as error:
+            return error.code()
+    return grpc.StatusCode.OK
+
+
 # --- another CA -----------------------------------------------------------------------------------------------------
 
 
@@ -141,11 +155,8 @@ async def test_no_certificate_does_the_work_of_another_role(tmp_path: Path) -> N
         assert (JOINS, Role.OPERATOR) in refused
         assert ("/maskwork.wire.v1.JobService/SubmitJob", Role.PARTICIPANT) in refused
         for method, role in refused:
-            for _ in range(5):  # the client sometimes loses a refusal's status (github.com/grpc/grpc/issues/36066)
-                code, detail, heard = await call(world, world.identity(role, "someone"), method, hello())
-                if code is not grpc.StatusCode.INTERNAL:
-                    break
-            assert (code, heard) == (grpc.StatusCode.PERMISSION_DENIED, 0), (method, role, detail)
+            code = await asyncio.to_thread(status_of, world, world.identity(role, "someone"), method)
+            assert code is grpc.StatusCode.PERMISSION_DENIED, (method, role)
 
 
 async def test_an_operators_certificate_in_a_roster_is_no_members(tmp_path: Path) -> None:
