@@ -171,7 +171,7 @@ class World:
         error = context.get("exception")
         # A process that is killed while a call of its fails never gets to look at the error.
         if not isinstance(error, Killed | WorkerDied | TransferError) and self._failure is None:
-            self._failure = Violation(f"{context['message']}: {error!r}")
+            self._failure = Violation(f"{context['message']}: {error!r} {context.get('task')!r}")
             self._failure.__cause__ = error
 
     def _tear_down(self) -> None:
