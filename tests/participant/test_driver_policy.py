@@ -164,6 +164,7 @@ async def test_participation_is_counted_from_the_ledger_also_after_a_restart(tmp
         for number in (3, 4):
             await table.propose(table.offer(round_number=number, nonce=bytes([number]) * 16))
     async with site(tmp_path / "site", half, clock=Clock()) as table:
+        table.link.held_downloads = True  # whatever is said now is said before anything is fetched
         session = await table.propose(table.offer(round_number=5))
         assert table.answers(session, Decline) == [
             Decline(DeclineCode.PARTICIPATION, "participation in 3 of 4 rounds > 0.5")
