@@ -280,9 +280,9 @@ class Driver:
     # --- participants ----------------------------------------------------------------------------------
 
     async def _list_changed(self, revocations: RevocationList) -> None:
-        self.audit.certificate_event(
-            CertificateEvent(event="list", number=revocations.number, digest=revocations.digest)
-        )
+        if revocations.number:
+            told = CertificateEvent(event="list", number=revocations.number, digest=revocations.digest)
+            self.audit.certificate_event(told)
         found = {peer: withdrawn(peer.certificate, revocations) for peer in self._peers.values()}
         revoked = {peer: why for peer, why in found.items() if why}
         await self._jobs.withdraw(revocations, {peer.name: why for peer, why in revoked.items()})
