@@ -322,6 +322,23 @@ def test_a_coordinator_goes_on_from_what_it_persisted() -> None:
             assert len(set(run.members[index].answers(Unmask))) == 1, "a repeat is the same bytes"
 
 
+def test_a_resumed_session_does_not_wait_for_those_who_are_not_needed() -> None:
+    """After a restart everyone is away: t of them suffice, and fewer are waited for until the deadline."""
+    run = Federation(make_plan(N)).run_to(CollectingUnmask)
+    for member in run.members:
+        member.connected = False  # nobody says so to a coordinator that has just started
+    run.run()
+    run.state = server.resume(run.opening(CollectingUnmask)).state
+    for index in range(N - 2):
+        run.reconnect(index)
+    run.run()
+    assert isinstance(run.state, CollectingUnmask), "three of the four shares that are needed"
+    run.reconnect(N - 2)
+    run.run()
+    assert run.survivors == frozenset(range(N))
+    run.assert_exact()
+
+
 def test_a_resumed_session_that_too_few_come_back_to_ends() -> None:
     run = Federation(make_plan(N)).run_to(CollectingUnmask)
     state = server.resume(run.opening(CollectingUnmask)).state

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 from functools import cache
 
 import pytest
-from tests.secagg.cohort import NOW, make_plan, make_site
+from tests.secagg.cohort import NOW, make_plan, make_site, signer
 from tests.secagg.harness import Federation
 
 from maskwork.secagg import client, server, server_states
@@ -20,6 +21,7 @@ from maskwork.secagg.client_states import (
     Uploading,
     UploadUpdate,
 )
+from maskwork.secagg.encoding import Encoding, Rotation
 from maskwork.secagg.errors import AbortReason, DropReason
 from maskwork.secagg.graph import GraphKind, NeighbourGraph, window_pair_bound
 from maskwork.secagg.keys import ShareKind
@@ -32,17 +34,20 @@ from maskwork.secagg.messages import (
     SurvivorSignatures,
     Unmask,
 )
-from maskwork.secagg.plan import GRAPH_SIGMA
+from maskwork.secagg.plan import GRAPH_SIGMA, GraphPlan, sparse_parameters
 from maskwork.secagg.server_states import (
     CollectingShares,
     CollectingSignatures,
     CollectingUpdates,
     DeadlinePassed,
+    Received,
     UploadCompleted,
 )
 
 N = 150
 ALL = frozenset(range(N))
+GAPS = {0, 3, 5, 10, 11, 12, 13, 16, 18} | {N - i for i in (20, 19, 18, 17, 16, 15, 13, 12, 11, 10, 9, 7, 3, 1)}
+"""On an unpermuted ring of k = 20: without them one of them is left with 6 holders, everyone else with 7 or more."""
 
 
 @cache
@@ -158,6 +163,33 @@ def test_as_many_survivors_missing_here_and_there_do_not_cut_the_ring() -> None:
     assert isinstance(client.step(uploading(), sets_without(scattered), now=NOW).state, SignedSets)
 
 
+def test_the_cut_is_measured_over_half_the_degree_at_the_plans_sigma_and_corrupt_fraction() -> None:
+    """A plan in which each of them gives another bound, and survivors on either side of the true one."""
+    n, ring_of = 300, tuple(range(300))
+    found = sparse_parameters(n, 100, 50)
+    half, corrupt = found.degree // 2, Fraction(100, 1000)
+    bound = window_pair_bound(n, corrupt=corrupt, window=half, sigma=GRAPH_SIGMA)
+    for window, fraction, sigma in ((half // 2, corrupt, 100), (half, Fraction(50, 1000), 100), (half, corrupt, 40)):
+        assert window_pair_bound(n, corrupt=fraction, window=window, sigma=sigma) < bound
+    colluders = 2 * found.threshold - found.degree - 1
+    graph = GraphPlan(GraphKind.SPARSE, found.degree, found.threshold, colluders, 100, 50)
+    encoding = Encoding(1.0, 100, 12, 22, Rotation.NONE)
+    state, everyone = uploading(), frozenset(range(n))
+    state = replace(
+        state,
+        session=replace(state.session, plan=make_plan(n, graph=graph, encoding=encoding)),
+        graph=NeighbourGraph(GraphKind.SPARSE, found.degree, ring_of),
+        u1=everyone,
+        u2=everyone,
+    )
+    runs = [*range(60, 60 + half), *range(200, 200 + half)]  # of the ring, far from the member itself
+    for left, refuses in ((bound, True), (bound + 1, False)):
+        u3 = everyone - frozenset(runs[left:])
+        step = client.step(state, SurvivorSets(everyone, everyone, u3), now=NOW)
+        assert isinstance(step.state, Aborted) is refuses
+        assert not refuses or step.state.reason is AbortReason.RING_CUT
+
+
 def test_a_policy_counts_only_survivors_that_the_site_verified_itself() -> None:
     """147 survive, but this site checked the certificates of k neighbours and its own."""
     because = "survivors verified here are fewer than the policy's 12"
@@ -190,9 +222,8 @@ def test_a_dropout_whose_holders_are_gone_ends_the_session_before_anybody_signs(
     run = Federation(make_plan(N)).run_to(CollectingUpdates)
     graph = NeighbourGraph(GraphKind.SPARSE, 20, tuple(range(N)))
     state = replace(run.opening(CollectingUpdates), graph=graph)
-    gaps = {0, 3, 5, 10, 11, 12, 13, 16, 18} | {N - i for i in (20, 19, 18, 17, 16, 15, 13, 12, 11, 10, 9, 7, 3, 1)}
-    living = ALL - gaps
-    assert min(len(living & set(graph.holders(i))) for i in gaps) == 6
+    living = ALL - GAPS
+    assert min(len(living & set(graph.holders(i))) for i in GAPS) == 6
     assert min(len(living & set(graph.holders(i))) for i in living) == 7
     for index in sorted(living):
         following = server.step(state, UploadCompleted(index)).state
@@ -201,6 +232,22 @@ def test_a_dropout_whose_holders_are_gone_ends_the_session_before_anybody_signs(
     step = server.step(state, DeadlinePassed(state.stage))
     assert isinstance(step.state, server_states.Aborted)
     assert step.state.reason is AbortReason.TOO_FEW_PARTICIPANTS
+
+
+def test_a_dropout_whose_holders_do_not_sign_ends_the_session_before_unmasking() -> None:
+    """Whoever is in U2 has a secret to be opened, in U3 or not. The graph is the one of the test before."""
+    graph, living = NeighbourGraph(GraphKind.SPARSE, 20, tuple(range(N))), ALL - GAPS
+    run = Federation(make_plan(N)).run_to(CollectingSignatures)
+    sets = SurvivorSets(ALL, ALL, living)
+    state = replace(run.opening(CollectingSignatures), graph=graph, sets=sets)
+    for index in sorted(living):
+        signed = ConsistencyCheck.signed_bytes(sets, N, session=run.id, sender=index)
+        following = server.step(state, Received(index, ConsistencyCheck(signer(index).sign(signed)))).state
+        if index != max(living):
+            assert isinstance(following, CollectingSignatures)
+            state = following
+    assert isinstance(following, server_states.Aborted)
+    assert following.reason is AbortReason.TOO_FEW_PARTICIPANTS
 
 
 def test_every_drop_on_the_sparse_graph_is_for_the_reason_it_happened() -> None:
