@@ -19,7 +19,7 @@ Sources: DESIGN sections 5 and 7; gRPC core, `include/grpc/impl/channel_arg_name
 """
 
 from collections.abc import Callable, Container, Iterable, Mapping
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 import grpc
 from cryptography import x509
@@ -184,12 +184,11 @@ def loaded_channel_credentials(identity: LoadedIdentity) -> grpc.ChannelCredenti
 def renewable_server_credentials(current: Callable[[], LoadedIdentity]) -> grpc.ServerCredentials:
     """As `server_credentials`, and each handshake asks `current` for the certificate: none of them needs a restart."""
 
-    def configuration() -> grpc.ServerCertificateConfiguration:
-        identity = current()
+    def configuration(identity: LoadedIdentity) -> grpc.ServerCertificateConfiguration:
         pair = (identity.key_pem, identity.cert_pem)
         return grpc.ssl_server_certificate_configuration([pair], root_certificates=identity.ca_pem)
 
-    return grpc.dynamic_ssl_server_credentials(configuration(), configuration, require_client_authentication=True)
+    return _dynamic(current, configuration, require_client_auth=True)
 
 
 def enrolment_server_credentials(current: Callable[[], LoadedIdentity]) -> grpc.ServerCredentials:
@@ -198,11 +197,35 @@ def enrolment_server_credentials(current: Callable[[], LoadedIdentity]) -> grpc.
     It presents the CA beside its own certificate: who enrols knows no more of the CA than its fingerprint.
     """
 
-    def configuration() -> grpc.ServerCertificateConfiguration:
-        identity = current()
+    def configuration(identity: LoadedIdentity) -> grpc.ServerCertificateConfiguration:
         return grpc.ssl_server_certificate_configuration([(identity.key_pem, identity.cert_pem + identity.ca_pem)])
 
-    return grpc.dynamic_ssl_server_credentials(configuration(), configuration, require_client_authentication=False)
+    return _dynamic(current, configuration, require_client_auth=False)
+
+
+def _dynamic(
+    current: Callable[[], LoadedIdentity],
+    configuration: Callable[[LoadedIdentity], grpc.ServerCertificateConfiguration],
+    *,
+    require_client_auth: bool,
+) -> grpc.ServerCredentials:
+    """Credentials that change when `current` does, and only then.
+
+    Whatever is returned for a handshake replaces what other handshakes are using at that moment, and grpcio 1.85 does
+    not always survive that: under a thousand connections at a time the process ended with a segmentation fault. None
+    leaves everything as it is.
+    """
+    used = current()
+
+    def changed() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal used
+        if (identity := current()) is used:
+            return None
+        used = identity
+        return configuration(identity)
+
+    fetch = cast("Callable[[], grpc.ServerCertificateConfiguration]", changed)  # its stubs do not know None
+    return grpc.dynamic_ssl_server_credentials(configuration(used), fetch, require_client_auth)
 
 
 def enrolling_credentials(roots: TrustRoots) -> grpc.ChannelCredentials:
