@@ -123,8 +123,9 @@ class Arena:
         models = self.world.home / "coordinator-state" / "models"
         after = read_vector(models / f"{details.job.model_digest.hex()}.safetensors")[1]
         before = read_vector(self.world.home / f"initial-{self.world.models}.safetensors")[1]
-        assert np.allclose(after - before, (after - before)[0])
-        return float((after - before)[0])
+        added = after - before
+        assert np.ptp(added) < 1e-4  # every site's update is rounded to one step of the ring or the next, by chance
+        return float(added.mean())
 
 
 def everybody(name: str, **changes: object) -> JobSpec:

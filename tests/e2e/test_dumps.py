@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -12,8 +11,7 @@ from pathlib import Path
 import pytest
 from tests.e2e.services import World
 
-from maskwork.dumps import DEBUGGABLE, dumpable
-from maskwork.worker import WorkerProcess
+from maskwork.dumps import DEBUGGABLE
 
 pytestmark = [
     pytest.mark.e2e,
@@ -30,14 +28,30 @@ atexit.register(tell)
 """
 
 
-def allowed() -> tuple[bool, tuple[int, int]]:
-    return dumpable(), resource.getrlimit(resource.RLIMIT_CORE)
+# In an interpreter of its own: a test before it may have called a command that forbids its process to be dumped.
+COMPARE_WITH_A_WORKER = """
+import asyncio, resource
+from maskwork.dumps import dumpable
+from maskwork.worker import WorkerProcess
 
-
-async def test_a_worker_cannot_be_dumped_although_this_process_can() -> None:
-    assert dumpable()
+async def main():
+    print(dumpable())
     async with WorkerProcess(name="undumped") as worker:
-        assert await worker.call(allowed) == (False, (0, 0))
+        print(await worker.call(dumpable), await worker.call(resource.getrlimit, resource.RLIMIT_CORE))
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_a_worker_cannot_be_dumped_although_its_parent_can(tmp_path: Path) -> None:
+    program = tmp_path / "compare.py"
+    program.write_text(COMPARE_WITH_A_WORKER)
+    environment = {**os.environ, DEBUGGABLE: ""}
+    ran = subprocess.run(
+        [sys.executable, program], env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert ran.stdout.splitlines() == ["True", "False (0, 0)"]
 
 
 @pytest.mark.parametrize("group", ["coordinator", "participant"])
