@@ -18,10 +18,9 @@ from maskwork.participant.demo.federation import (
     DemoOptions,
     RunFolder,
     create_folder,
-    free_port,
-    toml,
     write_federation,
 )
+from maskwork.participant.local.files import free_port, toml
 from maskwork.secagg.graph import complete_threshold
 from maskwork.task import load_task
 

@@ -11,8 +11,9 @@ from tests.jobs import scripted_events as make
 
 from maskwork.job_events import STAGES
 from maskwork.participant.demo.faults import Landed, Missed, Moment, Rejoined, Strike, Turn
-from maskwork.participant.demo.masked_run import event_of, turn_text
+from maskwork.participant.demo.masked_run import turn_text
 from maskwork.participant.demo.summary import Accuracy, Summary, shortcomings, summarise, summary_table
+from maskwork.participant.local.logs import event_of
 
 EARLY = Strike(Moment.BEFORE_UPLOAD, "east", 2, 1)
 LATE = Strike(Moment.BEFORE_UNMASKING, "west", 3, 1)

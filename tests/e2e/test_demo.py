@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maskwork.participant.demo.children import Children, ended_text
-from maskwork.participant.demo.failure import DemoFailed
+from maskwork.participant.local.children import Children, ended_text
+from maskwork.participant.local.failure import RunFailed
 from maskwork.tensors import read_vector
 
 pytestmark = pytest.mark.e2e
 
 COMMAND = [sys.executable, "-P", "-c", "from maskwork.cli import main; main()", "demo"]
-GUARDIAN = [sys.executable, "-P", "-m", "maskwork.participant.demo.guardian"]
+GUARDIAN = [sys.executable, "-P", "-m", "maskwork.participant.local.guardian"]
 GONE_WITHIN_S = 30.0
 FIELDS = {
     "participants",
@@ -86,7 +86,7 @@ def test_nothing_outlives_the_demo(tmp_path: Path, number: signal.Signals, code:
 async def test_a_process_that_ends_on_its_own_is_an_error_at_once(tmp_path: Path) -> None:
     async with Children(tmp_path) as children:
         await children.start("site-x", "participant", "run", "--config", str(tmp_path / "missing.toml"))
-        with pytest.raises(DemoFailed, match="site-x ended with exit code 1") as caught:
+        with pytest.raises(RunFailed, match="site-x ended with exit code 1") as caught:
             await children.during(forever())
         assert caught.value.process == "site-x"
     assert "missing.toml" in (tmp_path / "site-x.log").read_text()

@@ -19,7 +19,6 @@ from rich.console import Console
 
 from maskwork.errors import UserError
 from maskwork.participant.demo.display import Display
-from maskwork.participant.demo.failure import DemoFailed
 from maskwork.participant.demo.federation import (
     FEWEST_PARTICIPANTS,
     FEWEST_ROUNDS,
@@ -27,9 +26,10 @@ from maskwork.participant.demo.federation import (
     DemoOptions,
     RunFolder,
     create_folder,
-    free_port,
     write_federation,
 )
+from maskwork.participant.local.failure import RunFailed
+from maskwork.participant.local.files import free_port
 
 if TYPE_CHECKING:
     from maskwork.participant.demo.masked_run import MaskedRun
@@ -84,7 +84,7 @@ def _masked(folder: RunFolder, options: DemoOptions, display: Display) -> Masked
     try:
         return asyncio.run(run_masked(folder, options, port, display))
     except UserError as failure:
-        _show_logs(folder, failure.process if isinstance(failure, DemoFailed) else "")
+        _show_logs(folder, failure.process if isinstance(failure, RunFailed) else "")
         raise
 
 

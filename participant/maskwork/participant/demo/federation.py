@@ -10,10 +10,7 @@ Rule it upholds: a run has a folder of its own; one that holds something already
 
 from __future__ import annotations
 
-import json
-import socket
 import string
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -23,9 +20,9 @@ from maskwork.errors import UserError
 from maskwork.job import Cohort, Deadlines, EncodingSpec, JobSpec
 from maskwork.net.authority import Authority
 from maskwork.net.identity import IdentityFiles, Role
+from maskwork.participant.local.files import HOST, job_text, toml
 from maskwork.task import TrainingConfig
 
-HOST: Final = "127.0.0.1"
 FEDERATION: Final = "demo"
 FEWEST_PARTICIPANTS: Final = 4
 """With three, the threshold is three: nobody could be lost."""
@@ -150,14 +147,6 @@ def create_folder(out: Path | None, *, now: float) -> RunFolder:
     return folder
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def write_federation(folder: RunFolder, options: DemoOptions, port: int, *, now: float) -> None:
     """Make the CA, a certificate for everybody, and every configuration file.
 
@@ -181,17 +170,3 @@ def write_federation(folder: RunFolder, options: DemoOptions, port: int, *, now:
         text = toml(own) + toml(task, "tasks.digits") + toml(options.shard(site), "tasks.digits.options")
         folder.config(site).write_text(text, encoding="utf-8")
     folder.job.write_text(job_text(options.job(), "models/initial.safetensors"), encoding="utf-8")
-
-
-def job_text(spec: JobSpec, model: str) -> str:
-    """A job file that says what `spec` says, without what is left at its default."""
-    said = spec.model_dump(mode="json", exclude_defaults=True)
-    tables = {key: value for key, value in said.items() if isinstance(value, dict)}
-    top = {key: value for key, value in said.items() if key not in tables}
-    return toml({**top, "model": model}) + "".join(toml(table, name) for name, table in tables.items())
-
-
-def toml(values: Mapping[str, object], table: str = "") -> str:
-    """A flat TOML table: JSON's strings, numbers, booleans and lists are TOML's."""
-    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
-    return "\n".join([*([f"\n[{table}]"] if table else []), *lines]) + "\n"

@@ -12,7 +12,6 @@ on how long nothing at all may be heard.
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -22,14 +21,15 @@ from typing import Final, assert_never
 from maskwork.job import read_job_file
 from maskwork.job_events import RoundCommitted, WatchEvent
 from maskwork.jobs_client import JobsClient
-from maskwork.participant.demo.children import Children
 from maskwork.participant.demo.display import Display
-from maskwork.participant.demo.failure import DemoFailed
 from maskwork.participant.demo.faults import Injector, Landed, Missed, Rejoined, Strike, Turn, planned
-from maskwork.participant.demo.federation import HOST, DemoOptions, RunFolder
+from maskwork.participant.demo.federation import DemoOptions, RunFolder
+from maskwork.participant.local.children import Children
+from maskwork.participant.local.failure import RunFailed
+from maskwork.participant.local.files import HOST
+from maskwork.participant.local.logs import coordinator_ready
 
 SILENCE_S: Final = 120.0
-_LOG_PAUSE_S: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ async def run_masked(folder: RunFolder, options: DemoOptions, port: int, display
     """Run the federation and the job, and end every process.
 
     Raises:
-        DemoFailed: A process ended on its own, the job did not complete, or nothing was heard for `SILENCE_S`.
+        RunFailed: A process ended on its own, the job did not complete, or nothing was heard for `SILENCE_S`.
         UserError: The coordinator cannot be asked or refuses.
     """
     task = asyncio.current_task()
@@ -79,7 +79,7 @@ async def _job(
             command = "coordinator" if name == "coordinator" else "participant"
             await children.start(name, command, "run", "--config", str(folder.config(name)))
         await asyncio.to_thread(write_initial_model, folder.models / "initial.safetensors", options)
-        await _ready(children.log("coordinator"))
+        await coordinator_ready(children.log("coordinator"))
     injector = Injector(planned(options.rounds), participants=options.participants)
     async with JobsClient(f"{HOST}:{port}", folder.researcher) as client:
         file = read_job_file(folder.job)
@@ -89,7 +89,7 @@ async def _job(
         state = await display.show_job(watched)
         if not state.succeeded:
             why = "" if state.job is None else f" is {state.job.state}: {state.job.reason}"
-            raise DemoFailed(f"the job {job_id}{why}", process="coordinator")
+            raise RunFailed(f"the job {job_id}{why}", process="coordinator")
         await client.export(job_id, folder.models / "masked.safetensors")
         details = await client.get(job_id)
     return job_id, details.rounds, tuple(injector.turns)
@@ -105,21 +105,6 @@ def write_initial_model(path: Path, options: DemoOptions) -> None:
     write_model(path, schema, vector, {"format": "pt", "maskwork.seed": str(options.seed), "maskwork.task": "digits"})
 
 
-async def _ready(log: Path) -> None:
-    """Wait for the line with which the coordinator says that it listens."""
-    while not any(event_of(line) == "coordinator ready" for line in log.read_bytes().splitlines()):
-        await asyncio.sleep(_LOG_PAUSE_S)
-
-
-def event_of(line: bytes) -> str:
-    """The event that a line of a JSON log tells; empty for any other line."""
-    try:
-        said: object = json.loads(line)
-    except ValueError:
-        return ""
-    return str(said.get("event", "")) if isinstance(said, dict) else ""
-
-
 async def _heard(events: AsyncIterator[WatchEvent]) -> AsyncIterator[WatchEvent]:
     while True:
         try:
@@ -128,7 +113,7 @@ async def _heard(events: AsyncIterator[WatchEvent]) -> AsyncIterator[WatchEvent]
         except StopAsyncIteration:
             return
         except TimeoutError:
-            raise DemoFailed(f"nothing was heard of the job for {SILENCE_S:g} s", process="coordinator") from None
+            raise RunFailed(f"nothing was heard of the job for {SILENCE_S:g} s", process="coordinator") from None
         yield event
 
 

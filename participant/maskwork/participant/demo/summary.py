@@ -20,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from maskwork.job_events import STAGES, RoundCommitted
-from maskwork.participant.demo.children import ended_text
 from maskwork.participant.demo.faults import Landed, Rejoined, Turn
+from maskwork.participant.local.children import ended_text
 
 MOST_ACCURACY_DIFFERENCE: Final = 0.01
 """One point, between the masked and the plain model."""

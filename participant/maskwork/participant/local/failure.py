@@ -1,6 +1,6 @@
-"""Why the demo could not be carried through.
+"""Why a run could not be carried through.
 
-It is NOT a verdict on its result: that is `maskwork.participant.demo.summary`'s.
+It is NOT a verdict on its result: that is the caller's.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from maskwork.errors import UserError
 
 
-class DemoFailed(UserError):
-    """The demo cannot go on.
+class RunFailed(UserError):
+    """The run cannot go on.
 
     Attributes:
         process: The process that it is about, if it is about one; its log then says more.

@@ -1,11 +1,11 @@
-"""Ends the demo's processes when the demo itself is gone, however it went: a small process at the end of a pipe.
+"""Ends the processes of a run when the run itself is gone, however it went: a small process at the end of a pipe.
 
-The demo tells it every process that it starts (``+PID``) and every one that has ended (``-PID``), a line each. The
-demo holds the only other end of the pipe, so the pipe ends when the demo does, even by SIGKILL. Whoever is still on
+The run tells it every process that it starts (``+PID``) and every one that has ended (``-PID``), a line each. The
+run holds the only other end of the pipe, so the pipe ends when the run does, even by SIGKILL. Whoever is still on
 the list is then asked to stop, and killed if it does not.
 
-It is NOT how the demo ends its processes as long as it lives (`maskwork.participant.demo.children` is), and it starts
-none. Signals that a terminal sends to everybody do not end it: it has to outlive the demo by a moment.
+It is NOT how the run ends its processes as long as it lives (`maskwork.participant.local.children` is), and it starts
+none. Signals that a terminal sends to everybody do not end it: it has to outlive the run by a moment.
 
 Rule it upholds: where the system has process descriptors (Linux), a process is held by one from the start, so that a
 number that was given to another process since is never signalled.
@@ -64,7 +64,7 @@ class Ward:
 
 
 def watch(lines: Iterable[bytes]) -> None:
-    """Follow the demo's list until it ends, then end whoever is left."""
+    """Follow the run's list until it ends, then end whoever is left."""
     wards: dict[int, Ward] = {}
     for line in lines:
         pid = int(line[1:])

@@ -1,4 +1,4 @@
-"""The demo's processes: started, killed, started again, and ended with the demo whatever happens.
+"""The processes of a run: started, killed, started again, and ended with the run whatever happens.
 
 It is NOT concerned with what the processes do; it knows names, command lines and log files.
 
@@ -6,9 +6,9 @@ Rules it upholds:
 
 1. A process is signalled by its own id alone, and only while it has not been waited for.
 2. A process that ends without having been told to is an error at once, not a silence.
-3. None outlives the demo: they are ended on the way out of the context, on errors and Ctrl-C too, and by the guardian
-   if the demo itself is killed.
-4. Ctrl-C reaches the demo alone: each process has a session of its own.
+3. None outlives the run: they are ended on the way out of the context, on errors and Ctrl-C too, and by the guardian
+   if the run itself is killed.
+4. Ctrl-C reaches the run alone: each process has a session of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
-from maskwork.participant.demo.failure import DemoFailed
+from maskwork.participant.local.failure import RunFailed
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ STOP_GRACE_S: Final = 15.0
 
 # The `maskwork` command of this very environment; -P keeps modules of the current directory out of it.
 _MASKWORK: Final = (sys.executable, "-P", "-c", "from maskwork.cli import main; main()")
-_GUARDIAN: Final = (sys.executable, "-P", "-m", "maskwork.participant.demo.guardian")
+_GUARDIAN: Final = (sys.executable, "-P", "-m", "maskwork.participant.local.guardian")
 
 
 @dataclass(eq=False, slots=True)
@@ -46,7 +46,7 @@ class _Child:
 
 
 class Children:
-    """The demo's processes; an async context manager."""
+    """The processes of a run; an async context manager."""
 
     def __init__(self, logs: Path) -> None:
         """Keep one log for each process in the directory `logs`."""
@@ -55,7 +55,7 @@ class Children:
         self._restarts: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
-        self._failure: asyncio.Future[DemoFailed] = asyncio.get_running_loop().create_future()
+        self._failure: asyncio.Future[RunFailed] = asyncio.get_running_loop().create_future()
         self._guardian = subprocess.Popen(
             _GUARDIAN, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, start_new_session=True
         )
@@ -120,11 +120,11 @@ class Children:
         """Do `work`; give it up as soon as a process ends that was not told to.
 
         Raises:
-            DemoFailed: One did, naming it.
+            RunFailed: One did, naming it.
         """
         task = asyncio.ensure_future(work)
         try:
-            waited: set[asyncio.Future[T] | asyncio.Future[DemoFailed]] = {task, self._failure}
+            waited: set[asyncio.Future[T] | asyncio.Future[RunFailed]] = {task, self._failure}
             await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
             if self._failure.done():
                 raise self._failure.result()
@@ -138,16 +138,16 @@ class Children:
         try:
             await self.start(child.name, *child.arguments)
         except OSError as error:
-            self._fail(DemoFailed(f"{child.name} cannot be started again ({error.strerror})", process=child.name))
+            self._fail(RunFailed(f"{child.name} cannot be started again ({error.strerror})", process=child.name))
 
     async def _watch(self, name: str, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()
         self._tell_guardian(f"-{process.pid}")
         child = self._children.get(name)
         if child is not None and not child.told_to_end:
-            self._fail(DemoFailed(f"{name} {ended_text(code)}, and nobody had told it to end", process=name))
+            self._fail(RunFailed(f"{name} {ended_text(code)}, and nobody had told it to end", process=name))
 
-    def _fail(self, failure: DemoFailed) -> None:
+    def _fail(self, failure: RunFailed) -> None:
         if not self._failure.done():
             self._failure.set_result(failure)
 
