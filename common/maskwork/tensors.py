@@ -25,7 +25,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol, TypeAlias
@@ -204,8 +204,14 @@ def read_schema(path: ModelSource) -> Schema:
     return read_header(path).schema
 
 
-def read_vector(path: ModelSource) -> tuple[Schema, Float32Array]:
+def read_vector(
+    path: ModelSource, *, allocate: Callable[[int], Float32Array] | None = None
+) -> tuple[Schema, Float32Array]:
     """The schema of a model file and its flat vector.
+
+    Args:
+        path: The file.
+        allocate: Gives the vector, float32[n] for n; None: ordinary memory.
 
     Returns:
         The schema and float32[schema.size]; values of other dtypes are rounded to float32.
@@ -216,7 +222,8 @@ def read_vector(path: ModelSource) -> tuple[Schema, Float32Array]:
     """
     with _opened(path) as file:
         header = _read_header(file, path)
-        vector = np.empty(header.schema.size, np.float32)
+        size = header.schema.size
+        vector = np.empty(size, np.float32) if allocate is None else allocate(size)
         for start, stop, raw, dtype in _tiles(file, header, path):
             _decode(raw, dtype, vector[start:stop])
     return header.schema, vector

@@ -29,6 +29,7 @@ MAX_STREAM_BYTES = 1 << 36
 
 _BLOCK = 16
 _TILE_BYTES = 4 * TILE
+_CIPHERS_AT_A_TIME = 1024
 _ZEROS = scratch(_TILE_BYTES, np.uint8).data
 
 
@@ -153,12 +154,18 @@ def add_keystreams_u32(acc: UInt32Array, keys: Sequence[SignedKey], start: int =
     Raises:
         ValueError: Wrong dtype, negative start, or a stream longer than ``MAX_STREAM_BYTES``.
     """
-    MaskStreams(keys, item_bytes=4, start=start).add_to(acc)
+    _add_keystreams(acc, keys, item_bytes=4, start=start)
 
 
 def add_keystreams_u64(acc: UInt64Array, keys: Sequence[SignedKey], start: int = 0) -> None:
     """The same for statistics: uint64, modulo 2^64, eight keystream bytes per coordinate."""
-    MaskStreams(keys, item_bytes=8, start=start).add_to(acc)
+    _add_keystreams(acc, keys, item_bytes=8, start=start)
+
+
+def _add_keystreams(acc: UInt32Array | UInt64Array, keys: Sequence[SignedKey], *, item_bytes: int, start: int) -> None:
+    # Hundreds of thousands of masks are left after a large round with dropouts, and a cipher takes half a kilobyte.
+    for at in range(0, max(len(keys), 1), _CIPHERS_AT_A_TIME):
+        MaskStreams(keys[at : at + _CIPHERS_AT_A_TIME], item_bytes=item_bytes, start=start).add_to(acc)
 
 
 def keystream(key: bytes, start_byte: int, length: int) -> bytes:

@@ -10,6 +10,7 @@ that a crash in the middle can be followed by a second try. Where the state is e
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -17,16 +18,18 @@ from typing import TypeAlias
 import numpy as np
 
 from maskwork.coordinator import sealed_sum
+from maskwork.coordinator.forks import processors, shared_vector
 from maskwork.coordinator.models import ModelStore, fsync
 from maskwork.coordinator.shape import SessionShape
+from maskwork.coordinator.unmasking import derive_masks, unmask
 from maskwork.coordinator.vault import UploadSeal, Vault
 from maskwork.secagg import masking
-from maskwork.secagg.encoding import Encoding, decode_statistics, decode_sum
+from maskwork.secagg.encoding import Encoding, decode_statistics
 from maskwork.secagg.errors import DealerEquivocated
 from maskwork.secagg.keys import rotation_seed
 from maskwork.secagg.ring import UInt8Array, UInt32Array, UInt64Array
-from maskwork.secagg.unmasking import UnmaskingJob, remaining_masks
-from maskwork.tensors import ModelFileError, file_bytes, read_vector, write_model_to
+from maskwork.secagg.unmasking import UnmaskingJob
+from maskwork.tensors import ModelFileError, file_bytes, first_non_finite, read_vector, write_model_to
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,30 +115,30 @@ def make_durable(accumulator: Path) -> None:
 
 def release(request: ReleaseRequest) -> Release:
     """Reconstruct and verify the secrets, remove the masks, decode the mean, write and keep the next model."""
+    processes = processors()
     try:
-        masks = remaining_masks(request.job)
+        masks = derive_masks(request.job, processes=processes)
     except DealerEquivocated as error:
         return Convicted(error.dealer, str(error))
-    statistics, update = _read(request)
+    statistics, read = _sum(request)
     masking.remove_statistics_masks(statistics, masks.statistics)
     sums = decode_statistics(statistics)
     examples = sums[0]
     if not (examples == int(examples) and request.survivors <= examples <= _most(request)):
         return Implausible(f"the survivors' example counts add up to {examples}")
-    masking.remove_masks(update, masks.update)
     models = ModelStore(request.models, vault=request.vault)
     models.verify(request.model)
-    schema, model = read_vector(models.file(request.model))
-    mean = np.empty_like(model)
-    decode_sum(
-        update,
+    schema, model = read_vector(models.file(request.model), allocate=shared_vector)
+    unmask(
+        read,
+        masks.update,
         request.encoding,
         rotation_seed=rotation_seed(request.job.session),
         total_weight=int(examples),
-        out_f32=mean,
+        model=model,
+        processes=processes,
     )
-    model += mean
-    if not np.isfinite(model).all():
+    if first_non_finite(model) is not None:
         return Implausible("the new model is not finite; lower the clip norm or the learning rate")
     metadata = dict(request.metadata)
     try:
@@ -152,11 +155,17 @@ def _most(request: ReleaseRequest) -> int:
     return request.survivors * request.encoding.weight_cap
 
 
-def _read(request: ReleaseRequest) -> tuple[UInt64Array, UInt32Array]:
+def _sum(request: ReleaseRequest) -> tuple[UInt64Array, Callable[[int, int], UInt32Array]]:
+    """The statistics, and what reads a range of the coordinates."""
     if request.vault is not None:
-        return sealed_sum.read(request.accumulator, request.shape, request.vault, request.job.session)
-    statistics, update = _open(request.accumulator, request.shape, "r")
-    return statistics.copy(), update.copy()
+        sealed = sealed_sum.read(request.accumulator, request.shape, request.vault, request.job.session)
+        return sealed[0], lambda start, stop: sealed[1][start:stop]
+    count, path = request.shape.statistics, request.accumulator
+
+    def read(start: int, stop: int) -> UInt32Array:
+        return np.fromfile(path, np.uint32, stop - start, offset=8 * count + 4 * start)
+
+    return np.fromfile(path, np.uint64, count), read
 
 
 def _open(accumulator: Path, shape: SessionShape, mode: str) -> tuple[UInt64Array, UInt32Array]:

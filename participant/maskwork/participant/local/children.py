@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +41,7 @@ _GUARDIAN: Final = (sys.executable, "-P", "-m", "maskwork.participant.local.guar
 class _Child:
     name: str
     arguments: tuple[str, ...]
+    environment: Mapping[str, str]
     process: asyncio.subprocess.Process
     watcher: asyncio.Task[None]
     told_to_end: bool = False
@@ -73,8 +75,9 @@ class Children:
         """The log of a process; one that is started again goes on in the same file."""
         return self._logs / f"{name}.log"
 
-    async def start(self, name: str, *arguments: str) -> None:
-        """Run ``maskwork ARGUMENTS`` as `name`."""
+    async def start(self, name: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        """Run ``maskwork ARGUMENTS`` as `name`, with our own environment and what `environment` adds to it."""
+        added = dict(environment or {})
         with self.log(name).open("ab") as log:
             process = await asyncio.create_subprocess_exec(
                 *_MASKWORK,
@@ -83,10 +86,15 @@ class Children:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env={**os.environ, **added},
             )
         self._tell_guardian(f"+{process.pid}")
         watcher = asyncio.create_task(self._watch(name, process))
-        self._children[name] = _Child(name, arguments, process, watcher)
+        self._children[name] = _Child(name, arguments, added, process, watcher)
+
+    def pid(self, name: str) -> int:
+        """The process id of a process that was started."""
+        return self._children[name].process.pid
 
     def kill_and_restart(self, name: str) -> None:
         """SIGKILL, now; as soon as the process is gone it is started again, with the same arguments."""
@@ -105,7 +113,8 @@ class Children:
         for restart in self._restarts:
             restart.cancel()
         await asyncio.gather(*self._restarts, return_exceptions=True)
-        for group in (set(self._children) - {"coordinator"}, {"coordinator"} & set(self._children)):
+        coordinators = {name for name in self._children if name.endswith("coordinator")}
+        for group in (set(self._children) - coordinators, coordinators):
             members = [self._children.pop(name) for name in sorted(group)]
             for child in members:
                 child.told_to_end = True
@@ -136,7 +145,7 @@ class Children:
     async def _start_again(self, child: _Child) -> None:
         await child.watcher
         try:
-            await self.start(child.name, *child.arguments)
+            await self.start(child.name, *child.arguments, environment=child.environment)
         except OSError as error:
             self._fail(RunFailed(f"{child.name} cannot be started again ({error.strerror})", process=child.name))
 
