@@ -46,6 +46,28 @@ def round_(
         _show_round(measured)
 
 
+@app.command()
+def scale(
+    participants: Annotated[int, typer.Option(min=3, max=20_000, help="n: a connection each.")] = 200,
+    params: Annotated[int, typer.Option("--params", min=1, max=1 << 31, help="d, parameters.")] = 100_000,
+    processes: Annotated[int, typer.Option(min=1, max=64, help="Processes that the participants share.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Rounds.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    keep: Annotated[
+        Path | None, typer.Option("--keep", metavar="DIR", help="Run there, and leave it.", show_default=False)
+    ] = None,
+) -> None:
+    """Time a masked round with very many live participants, some hundreds in a process; sparse graph above 128."""
+    from maskwork.participant.bench import scale as bench
+
+    options = bench.Options(participants, params, processes, rounds)
+    measured = _in_a_folder(keep, lambda folder: asyncio.run(bench.measure(folder, options)))
+    if as_json:
+        typer.echo(json.dumps(measured, indent=2))
+    else:
+        _show_scale(measured)
+
+
 def _in_a_folder(keep: Path | None, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(prefix="maskwork-bench-")) if keep is None else keep
     try:
@@ -78,3 +100,14 @@ def _show_round(measured: dict[str, Any]) -> None:
         f"the upload of one participant: {uploaded:.2f} MB"
     )
     console.print("peak memory: " + ", ".join(f"{name} {value:.0f} MiB" for name, value in memory.items()))
+
+
+def _show_scale(measured: dict[str, Any]) -> None:
+    console = Console(highlight=False, markup=False, emoji=False)
+    table = Table("round", "time", "survivors", *measured["rounds"][0]["stage_s"], "uploads")
+    for number, done in enumerate(measured["rounds"], 1):
+        stages = (f"{seconds:.2f} s" for seconds in done["stage_s"].values())
+        uploads = f"{done['uplink_bytes'] / 1e6:.1f} MB"
+        table.add_row(str(number), f"{done['round_s']:.2f} s", str(done["survivors"]), *stages, uploads)
+    console.print(table)
+    console.print(f"the coordinator's peak memory: {measured['coordinator_peak_mib']:.0f} MiB")

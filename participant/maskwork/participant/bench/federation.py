@@ -17,12 +17,11 @@ from typing import Final
 from maskwork.job import Cohort, Deadlines, EncodingSpec, JobSpec
 from maskwork.net.authority import Authority
 from maskwork.net.identity import IdentityFiles, Role
-from maskwork.participant.bench.task import EXAMPLES
+from maskwork.participant.bench.sizes import EXAMPLES, TASK
 from maskwork.participant.local.children import Children
 from maskwork.participant.local.files import HOST, free_port, toml
 from maskwork.participant.local.logs import coordinator_ready
 
-TASK: Final = "constant"
 IDLE: Final = "idle"
 """A site with a model of one parameter that takes part in nothing: what a participant's imports alone cost."""
 

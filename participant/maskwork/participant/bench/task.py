@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from maskwork.participant.bench.sizes import EXAMPLES
 from maskwork.task import EvaluationResult, Task, TrainingConfig, TrainingResult
-
-EXAMPLES = 100
 
 
 class Flat(nn.Module):

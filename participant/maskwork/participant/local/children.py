@@ -40,7 +40,7 @@ _GUARDIAN: Final = (sys.executable, "-P", "-m", "maskwork.participant.local.guar
 @dataclass(eq=False, slots=True)
 class _Child:
     name: str
-    arguments: tuple[str, ...]
+    command: tuple[str, ...]
     environment: Mapping[str, str]
     process: asyncio.subprocess.Process
     watcher: asyncio.Task[None]
@@ -77,11 +77,14 @@ class Children:
 
     async def start(self, name: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         """Run ``maskwork ARGUMENTS`` as `name`, with our own environment and what `environment` adds to it."""
+        await self.start_command(name, *_MASKWORK, *arguments, environment=environment)
+
+    async def start_command(self, name: str, *command: str, environment: Mapping[str, str] | None = None) -> None:
+        """Run any command as `name`."""
         added = dict(environment or {})
         with self.log(name).open("ab") as log:
             process = await asyncio.create_subprocess_exec(
-                *_MASKWORK,
-                *arguments,
+                *command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -90,7 +93,7 @@ class Children:
             )
         self._tell_guardian(f"+{process.pid}")
         watcher = asyncio.create_task(self._watch(name, process))
-        self._children[name] = _Child(name, arguments, added, process, watcher)
+        self._children[name] = _Child(name, command, added, process, watcher)
 
     def pid(self, name: str) -> int:
         """The process id of a process that was started."""
@@ -145,7 +148,7 @@ class Children:
     async def _start_again(self, child: _Child) -> None:
         await child.watcher
         try:
-            await self.start(child.name, *child.arguments, environment=child.environment)
+            await self.start_command(child.name, *child.command, environment=child.environment)
         except OSError as error:
             self._fail(RunFailed(f"{child.name} cannot be started again ({error.strerror})", process=child.name))
 
