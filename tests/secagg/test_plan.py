@@ -183,3 +183,28 @@ def test_a_point_has_one_encoding(u: int) -> None:
 
 def test_an_honest_key_is_not_degenerate() -> None:
     assert not keys.is_degenerate(SecretKey(b"\7" * 32).public())
+
+
+def square_roots(value: int) -> set[int]:
+    """In GF(2^255 - 19), whose order is 5 modulo 8."""
+    root = pow(value, (FIELD + 3) // 8, FIELD)
+    candidates = {root, root * pow(2, (FIELD - 1) // 4, FIELD) % FIELD}
+    return {x for r in candidates for x in (r, FIELD - r) if x * x % FIELD == value % FIELD}
+
+
+def test_there_are_no_other_points_of_small_order() -> None:
+    """All of them, found again from the curve's equation alone.
+
+    In the u-coordinate, doubling is u -> (u² - 1)² / 4u(u² + Au + 1), on curve and twist alike, A = 486662. Order 2:
+    the denominator is 0. Order 4: the double is 0. Order 8: the double is e = ±1, which is to say
+    (u² - 2eu + 1)² = 4(A + 2e)e·u², so with s² = (A + 2e)e: u² - 2(e + s)u + 1 = 0.
+    """
+    a = 486662
+    assert not square_roots(a * a - 4)  # so the denominator has no root but 0
+    order_8 = set()
+    for e in (1, -1):
+        for s in square_roots((a + 2 * e) * e):
+            for root in square_roots((e + s) ** 2 - 1):
+                order_8.add((e + s + root) % FIELD)
+    assert {0, 1, FIELD - 1} | order_8 == set(SMALL_ORDER)
+    assert len(SMALL_ORDER) == 5

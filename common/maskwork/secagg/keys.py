@@ -166,12 +166,12 @@ def agree(secret: SecretKey, public: PublicKey) -> bytes:
 
 
 def is_degenerate(public: PublicKey) -> bool:
-    """Whether `public` has small order. The scalar used is arbitrary: every clamped scalar maps such points to 0."""
-    try:
-        agree(_ANY_SECRET, public)
-    except DegenerateKey:
-        return True
-    return False
+    """Whether `public` has small order: there are five such points in canonical form, on the curve and its twist.
+
+    They are looked up, since an agreement for each key of each neighbour would double the key set-up of a session;
+    `agree` refuses them all the same.
+    """
+    return public.raw in _SMALL_ORDER
 
 
 def pair_mask_keys(
@@ -293,7 +293,18 @@ def verify_signature(public_key: ec.EllipticCurvePublicKey, signature: bytes, me
     return True
 
 
-_ANY_SECRET = SecretKey(b"\x40" * SECRET_BYTES)  # no secret: it only asks a public key whether it is degenerate
+# Order 2 (0), order 4 (1, and -1 on the twist), order 8; Bernstein, "Curve25519: new Diffie-Hellman speed records", and
+# the list on the curve's page.
+_SMALL_ORDER = frozenset(
+    u.to_bytes(PUBLIC_KEY_BYTES, "little")
+    for u in (
+        0,
+        1,
+        _FIELD - 1,
+        325606250916557431795983626356110631294008115727848805560023387167927233504,
+        39382357235489614581723060781553021112529911719440698176882885853963445705823,
+    )
+)
 
 
 def _hkdf(key_material: bytes, salt: bytes, info: bytes, length: int) -> bytes:
