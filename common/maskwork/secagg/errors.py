@@ -144,9 +144,12 @@ class DealerEquivocated(Exception):
     """Shares that match a dealer's signed commitments reconstruct a secret that does not match its public half."""
 
     def __init__(self, dealer: int, secret: str) -> None:
-        super().__init__(f"the shares that participant {dealer} dealt of its {secret} do not reconstruct it")
+        super().__init__(dealer, secret)  # both, so that it can be sent from process to process
         self.dealer = dealer
         self.secret = secret
+
+    def __str__(self) -> str:
+        return f"the shares that participant {self.dealer} dealt of its {self.secret} do not reconstruct it"
 
 
 class IllegalEvent(RuntimeError):

@@ -112,7 +112,8 @@ def _answer(answers: int) -> object:
         raw = pipe.read()
     if not raw:
         raise ChildDied("a process that unmasked ended before its part was done")
-    done, value = cast("tuple[bool, object]", pickle.loads(raw))  # noqa: S301  (from our own fork, over a pipe that nobody else has)
+    # From our own fork, over a pipe that nobody else has.
+    done, value = cast("tuple[bool, object]", pickle.loads(raw))  # noqa: S301
     if not done:
         assert isinstance(value, Exception)
         raise value
