@@ -12,7 +12,7 @@ STAMP  := $(VENV)/.installed
 SOURCES := common coordinator participant tests scripts benchmarks docker
 
 SHELL := bash
-.PHONY: up down sim mutants-client demo test check fmt fmt-check lint types imports layout protos protos-check vectors-check docs-check mutants lock clean chaos fuzz
+.PHONY: up down sim mutants-client demo test check fmt fmt-check lint types imports layout protos protos-check vectors-check docs-check mutants lock clean chaos fuzz bench
 
 demo: $(STAMP)          ## the main job: one coordinator, five sites, two of them killed on the way
 	$(BIN)/maskwork demo
@@ -88,6 +88,9 @@ chaos: $(STAMP)         ## real processes, killed, stopped and cut: make chaos [
 
 fuzz: $(STAMP)          ## hostile input to every reader, a coordinator and a participant: SECONDS=60, SEED=1; fails on a crash
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+
+bench: $(STAMP)         ## what masking costs on this machine: tables, JSON and plots in benchmarks/results; BENCH=--full for full sizes
+	$(BIN)/python benchmarks/run.py $(BENCH)
 
 lock: $(STAMP)
 	$(BIN)/python scripts/lock.py

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from maskwork.bench.memory import MIB, pss_bytes, tree
+
 
 @dataclass
 class Tally:
@@ -76,7 +78,7 @@ class Gauge:
         try:
             files = len(os.listdir(f"/proc/{self.pid}/fd"))
             rss = _kib(f"/proc/{self.pid}/status", "VmRSS:") / 1024
-            pss = sum(_kib(f"/proc/{pid}/smaps_rollup", "Pss:") for pid in (self.pid, *_children(self.pid))) / 1024
+            pss = sum(pss_bytes(pid) for pid in tree(self.pid)) / MIB
         except OSError:
             return
         self.first_rss_mib = self.first_rss_mib or rss
@@ -105,12 +107,3 @@ def _kib(path: str, key: str) -> int:
         if line.startswith(key):
             return int(line.split()[1])
     return 0
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        tasks = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    except OSError:
-        return []
-    direct = [int(child) for child in tasks.split()]
-    return direct + [grandchild for child in direct for grandchild in _children(child)]
