@@ -15,7 +15,6 @@ Rules:
 
 from __future__ import annotations
 
-from math import gcd
 from typing import TypeVar
 
 import numpy as np
@@ -107,9 +106,10 @@ def _round_up(count: int) -> int:
 class BitPacker:
     """Packs and unpacks vectors of one ring width through scratch memory that it reuses.
 
-    Two neighbours first become one unit of ``2r`` bits in a 64-bit lane. Where that is a whole number of bytes
-    (r divisible by 4) the units are copied out at that stride. For other widths a group of units fills a whole number
-    of 64-bit words, and every word is put together from the same positions of each group, one column at a time.
+    Two neighbours first become one unit of ``2r`` bits in a 64-bit lane. A group of 4 coordinates (8, where 4 do not
+    fill whole bytes or fill fewer than 8) is then put together as 64-bit words, one column of all groups at a time, and
+    each column is stored at the stride of a group. The last word of a group reaches into the next group, so columns
+    are stored from the last to the first: what a word spoils is stored after it.
     """
 
     def __init__(self, bits: int, *, tile: int = TILE) -> None:
@@ -120,22 +120,15 @@ class BitPacker:
         self._bits = bits
         self._tile = tile
         self._whole = {8: "u1", 16: "<u2", 32: "<u4"}.get(bits)
-        self._padded = scratch(0, np.uint32)
         if self._whole is not None:
             return
+        self._together = 4 if bits % 2 == 0 and bits >= 16 else 8
+        self._stride = self._together * bits // 8
+        self._words = -(-self._stride // 8)
         self._padded = scratch(tile, np.uint32)
         self._units = scratch(tile // 2, np.uint64)
         self._other = scratch(tile // 2, np.uint64)
-        self._bytes = scratch(packed_size(tile, bits), np.uint8)
-        unit_bits = 2 * bits
-        common = gcd(unit_bits, 64)
-        self._group_units, self._group_words = 64 // common, unit_bits // common
-        if unit_bits % 8:
-            self._by_unit = _column_scratch(self._group_units, tile // _GROUP * common // 2)
-            self._by_word = _column_scratch(self._group_words, tile // _GROUP * common // 2)
-        else:
-            self._unit = np.dtype(f"V{unit_bits // 8}")
-            self._lane = np.dtype({"names": ["unit"], "formats": [self._unit], "itemsize": 8})
+        self._bytes = scratch(packed_size(tile, bits) + 8, np.uint8)
 
     def pack(self, values: UInt32Array, out: UInt8Array) -> None:
         """Packs the low bits of every coordinate.
@@ -187,35 +180,28 @@ class BitPacker:
             padded = self._padded[:count]
             padded[: len(values)] = values
             padded[len(values) :] = 0
-            values, target = padded, self._bytes[: packed_size(count, self._bits)]
-        else:
-            target = out
-        units = self._join_pairs(values.view(np.uint64))
-        if 2 * self._bits % 8 == 0:
-            target.view(self._unit)[...] = units.view(self._lane)["unit"]
-        else:
-            self._units_to_words(units, target)
-        if target is not out:
-            out[...] = target[: len(out)]
+            values = padded
+        units = self._join_pairs(values.view(np.uint64)).reshape(-1, self._together // 2)
+        for j in range(self._words - 1, -1, -1):
+            self._column(j, len(units))[...] = self._word_of_units(units, j)
+        out[...] = self._bytes[: len(out)]
 
     def _unpack_tile(self, packed: UInt8Array, out: UInt32Array) -> None:
         if self._whole is not None:
             np.copyto(out, packed.view(self._whole))
             return
         count = _round_up(len(out))
-        target = out
-        if count != len(out):
-            source = self._bytes[: packed_size(count, self._bits)]
-            source[: len(packed)] = packed  # coordinates past the end come out as rubbish and are not copied on
-            packed, target = source, self._padded[:count]
+        target = out if count == len(out) else self._padded[:count]
+        self._bytes[: len(packed)] = packed  # coordinates past the end come out as rubbish and are not copied on
         units = self._units[: count // 2]
-        if 2 * self._bits % 8 == 0:
-            units.view(self._lane)["unit"] = packed.view(self._unit)
-        else:
-            self._words_to_units(packed, units)
+        self._units_of_words(units.reshape(-1, self._together // 2))
         self._split_pairs(units, target.view(np.uint64))
         if target is not out:
             out[...] = target[: len(out)]
+
+    def _column(self, word: int, groups: int) -> UInt64Array:
+        """The ``word``-th 64 bits of every group, where they stand in the packed bytes: unaligned, one group apart."""
+        return np.ndarray((groups,), np.dtype("<u8"), self._bytes.data, 8 * word, (self._stride,))
 
     def _join_pairs(self, lanes: UInt64Array) -> UInt64Array:
         """Lanes ``low | high << 32`` of two coordinates become units ``low | high << r`` with zeros above."""
@@ -236,36 +222,28 @@ class BitPacker:
         np.bitwise_and(units, np.uint64(low), out=lanes)
         np.bitwise_or(lanes, other, out=lanes)
 
-    def _units_to_words(self, units: UInt64Array, out: UInt8Array) -> None:
-        width, groups = 2 * self._bits, len(units) // self._group_units
-        by_position, words = self._by_unit[:, :groups], self._by_word[:, :groups]
-        by_position[...] = units.reshape(groups, self._group_units).T
-        part = self._other[:groups]
-        for j, word in enumerate(words):
-            i = 64 * j // width
-            np.right_shift(by_position[i], np.uint64(64 * j - width * i), out=word)
-            for k in range(i + 1, -(-64 * (j + 1) // width)):
-                np.left_shift(by_position[k], np.uint64(width * k - 64 * j), out=part)
-                np.bitwise_or(word, part, out=word)
-        out.view(np.uint64).reshape(groups, self._group_words)[...] = words.T
+    def _word_of_units(self, units: UInt64Array, j: int) -> UInt64Array:
+        """Bits 64 j .. 64 j + 63 of every group; ``units`` has a row for each group."""
+        width, groups = 2 * self._bits, len(units)
+        first, last = 64 * j // width, min(-(-64 * (j + 1) // width), units.shape[1])
+        word, part = self._other[:groups], self._other[groups : 2 * groups]
+        np.right_shift(units[:, first], np.uint64(64 * j - width * first), out=word)
+        for k in range(first + 1, last):
+            np.left_shift(units[:, k], np.uint64(width * k - 64 * j), out=part)
+            np.bitwise_or(word, part, out=word)
+        return word
 
-    def _words_to_units(self, packed: UInt8Array, units: UInt64Array) -> None:
-        width, groups = 2 * self._bits, len(units) // self._group_units
-        by_position, words = self._by_unit[:, :groups], self._by_word[:, :groups]
-        words[...] = packed.view(np.uint64).reshape(groups, self._group_words).T
-        part = self._other[:groups]
-        for i, unit in enumerate(by_position):
-            j, shift = divmod(width * i, 64)
-            np.right_shift(words[j], np.uint64(shift), out=unit)
+    def _units_of_words(self, units: UInt64Array) -> None:
+        """The inverse: fills the units of every group from its words, with rubbish above their 2r bits."""
+        width, groups = 2 * self._bits, len(units)
+        word, part = self._other[:groups], self._other[groups : 2 * groups]
+        for k in range(units.shape[1]):
+            j, shift = divmod(width * k, 64)
+            np.right_shift(self._column(j, groups), np.uint64(shift), out=word)
             if shift + width > 64:
-                np.left_shift(words[j + 1], np.uint64(64 - shift), out=part)
-                np.bitwise_or(unit, part, out=unit)
-        units.reshape(groups, self._group_units)[...] = by_position.T
-
-
-def _column_scratch(columns: int, groups: int) -> UInt64Array:
-    """One contiguous row per column; rows are padded, or they would all fall into the same few cache sets."""
-    return scratch(columns * (groups + 8), np.uint64).reshape(columns, groups + 8)[:, :groups]
+                np.left_shift(self._column(j + 1, groups), np.uint64(64 - shift), out=part)
+                np.bitwise_or(word, part, out=word)
+            units[:, k] = word
 
 
 def check_vector(name: str, array: NDArray[np.generic], dtype: np.dtype[np.generic]) -> None:
