@@ -320,6 +320,34 @@ async def test_a_list_that_sites_refuse_by_its_date_is_told_each_hour(desk: Desk
     assert [line["event"] for line in await desk.look()] == ["revocation list in force"]
 
 
+async def test_a_list_that_could_not_be_read_is_in_force_as_soon_as_it_can_and_the_trouble_is_told_once(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.put(signed_list(CA, 5, [LEAF], now=NOW))
+
+    def denied(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    with monkeypatch.context() as without_rights:  # what `chmod` mends, which leaves size, time and inode as they were
+        without_rights.setattr(Path, "read_bytes", denied)
+        assert [line["event"] for line in await desk.look()] == ["revocation list refused"]
+        assert await desk.look() == []
+    assert [line["event"] for line in await desk.look()] == ["revocation list in force"]
+    assert desk.told == [5]
+    assert await desk.look() == []
+
+
+async def test_a_list_that_the_state_directory_did_not_take_is_tried_again(desk: Desk) -> None:
+    desk.put(signed_list(CA, 5, [LEAF], now=NOW))
+    state = desk.folder / "state"
+    state.write_text("in the way")
+    assert [line["event"] for line in await desk.look()] == ["revocation list refused"]
+    assert await desk.look() == []
+    state.unlink()
+    assert [line["event"] for line in await desk.look()] == ["revocation list in force"]
+    assert desk.told == [5]
+
+
 class FullDisk(KeptList):
     """A kept list whose disk takes nothing."""
 

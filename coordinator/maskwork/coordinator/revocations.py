@@ -62,6 +62,7 @@ class RevocationFile:
         self._clock = clock
         self._pause = pause
         self._seen: tuple[int, int, int] | None = None
+        self._told_trouble = ""
         self._told_overdue: float | None = None
         self._listeners: list[Told] = []
 
@@ -128,11 +129,17 @@ class RevocationFile:
         mark = (found.st_mtime_ns, found.st_size, found.st_ino)
         if mark == self._seen:
             return
-        self._seen = mark
-        if found.st_size > MAX_LIST_BYTES:
-            raise RevocationError(
-                ListProblem.TOO_LONG, f"it has {found.st_size} bytes, at most {MAX_LIST_BYTES} are read"
-            )
+        try:
+            self._read(found.st_size)
+        except RevocationError:
+            self._seen = mark  # another file is needed
+            raise
+        self._seen, self._told_trouble = mark, ""
+
+    def _read(self, size: int) -> None:
+        """Put the file's list in force; after an `OSError` or a `StoreError` the same file is read again."""
+        if size > MAX_LIST_BYTES:
+            raise RevocationError(ListProblem.TOO_LONG, f"it has {size} bytes, at most {MAX_LIST_BYTES} are read")
         new = RevocationList.parse(self._path.read_bytes(), self._roots, now=self._clock())
         if new.digest == self.current.digest:
             return
@@ -150,7 +157,11 @@ class RevocationFile:
             if number:
                 log.warning("the revocation list's file is gone", file=str(self._path), in_force=number)
             return
-        log.error("revocation list refused", file=str(self._path), detail=self._why(error), in_force=number)
+        detail = self._why(error)
+        trouble = "" if isinstance(error, RevocationError) else detail  # which is met again at every look
+        if not trouble or trouble != self._told_trouble:
+            log.error("revocation list refused", file=str(self._path), detail=detail, in_force=number)
+        self._told_trouble = trouble
 
     def _why(self, error: Exception) -> str:
         said = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
