@@ -5,6 +5,7 @@ and the clock, and words the outcome. It imports neither gRPC nor torch.
 """
 
 import json
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from maskwork.net.revoking import LIST_DAYS, begin_rollover, current_list, next_
 
 EXPIRES_SOON_S: Final = 30 * 86400
 PIPE_WIDTH: Final = 240
+_HEX: Final = re.compile(r"[0-9a-f]{1,40}", re.ASCII)
 _STYLES: Final = {"good": "green", "soon": "yellow", "expired": "dim", "revoked": "red"}
 
 Ca = Annotated[Path, typer.Option("--ca", help="Directory that `maskwork pki init` wrote.")]
@@ -72,12 +74,14 @@ def revoke(
     if bool(name) == bool(serial):
         raise UserError("say whose certificates are to be revoked: a NAME, or --serial, not both")
     chosen = {_serial(serial)} if serial else _serials_of(ca, name, role, now=now)
+    known = {line.serial for line in Register(ca).certificates()}
     already = current_list(ca, authority.roots, now=now)
     if fresh := sorted(chosen - already.serials):
         made = next_list(authority, ca, now=now, days=days, withdrawn=dict.fromkeys(fresh, reason))
         typer.echo(f"revoked: {len(fresh)} certificate{'s' if len(fresh) > 1 else ''}, {reason}")
         for one in fresh:
-            typer.echo(f"  {one.hex()}")
+            doubt = "" if one in known else "  not on the register: compare it with the certificate"
+            typer.echo(f"  {one.hex()}{doubt}")
         _tell(made, ca)
         return
     raise UserError(
@@ -238,13 +242,13 @@ def _serials_of(ca: Path, name: str, role: Role | None, *, now: float) -> set[by
 
 def _serial(text: str) -> bytes:
     digits = text.replace(":", "").lower()
-    try:
-        number = int(digits, 16)
-        return number.to_bytes(SERIAL_BYTES, "big")
-    except (ValueError, OverflowError):
+    # RFC 5280 section 4.1.2.2: positive, and within 20 bytes with a sign.
+    if not _HEX.fullmatch(digits) or not 0 < (number := int(digits, 16)) < 1 << 8 * SERIAL_BYTES - 1:
         raise UserError(
-            f"{shortened(text)} is no serial number: expected up to {2 * SERIAL_BYTES} hex digits"
-        ) from None
+            f"{shortened(text)} is no serial number: expected up to {2 * SERIAL_BYTES} hex digits, "
+            "as `maskwork pki list --json` and `maskwork pki show` print them"
+        )
+    return number.to_bytes(SERIAL_BYTES, "big")
 
 
 def _roots(ca: Path) -> TrustRoots:

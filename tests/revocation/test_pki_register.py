@@ -3,6 +3,7 @@
 import json
 import stat
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -144,8 +145,36 @@ def test_mistakes_in_revoking_change_nothing(pki: Shell) -> None:
     assert len(list_in(pki, "ca").serials) == 1
 
 
+@pytest.mark.parametrize("serial", ["0", "00:00", "f" * 40, "1" * 41, "12_34", "0x12", "-1", "+1"])
+def test_a_number_that_no_certificate_can_have_is_no_serial_number(pki: Shell, serial: str) -> None:
+    code, said = pki("revoke", f"--serial={serial}", "--ca", "@ca")
+    assert (code, "no serial number" in said) == (1, True), said
+    assert list_in(pki, "ca") == NO_LIST
+
+
+def test_lists_that_are_made_at_once_lose_nothing_and_have_a_number_each(pki: Shell) -> None:
+    ca = pki.home / "ca"
+    authority = Authority.load(ca)
+    serials = [bytes([1, *([0] * 18), n]) for n in range(16)]
+
+    def withdraw(serial: bytes) -> int:
+        return next_list(authority, ca, now=time.time(), withdrawn={serial: Reason.UNSPECIFIED}).number
+
+    with ThreadPoolExecutor(max_workers=8) as at_once:
+        numbers = sorted(at_once.map(withdraw, serials))
+    assert numbers == list(range(1, 17))
+    assert list_in(pki, "ca").serials == frozenset(serials)
+
+
+def test_a_number_after_which_there_would_be_none_is_not_given(pki: Shell) -> None:
+    code, said = pki("refresh-list", "--ca", "@ca", "--number-above", str(2**63 - 2))
+    assert (code, "take no lower one" in said) == (1, True), said
+    assert list_in(pki, "ca") == NO_LIST
+
+
 def test_a_serial_number_that_is_not_on_the_register_is_shown_too(pki: Shell) -> None:
-    assert pki("revoke", "--serial", "ab", "--ca", "@ca")[0] == 0
+    code, said = pki("revoke", "--serial", "ab", "--ca", "@ca")
+    assert (code, "not on the register: compare it" in said) == (0, True)
     code, said = pki("list", "--ca", "@ca")
     assert code == 0
     assert "not on the register" in said

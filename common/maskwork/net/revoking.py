@@ -5,7 +5,10 @@ so numbers are 1, 2, 3 whoever signs. It is NOT where lists are judged (`maskwor
 is made here) and puts nothing anywhere but into the CA's directory. Time is an argument.
 """
 
-from collections.abc import Iterable, Mapping
+import fcntl
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -23,6 +26,9 @@ from maskwork.net.whole_files import write_whole
 
 LIST_DAYS: Final = 7
 """How long a list is good unless another time is asked for; also the greatest age that sites accept by default."""
+MAX_NUMBER: Final = 1 << 62
+"""Highest number that is given to a list; what readers accept goes further."""
+LOCK_FILE: Final = ".revoked.lock"
 
 
 class RevokingError(UserError):
@@ -73,10 +79,12 @@ def next_list(
         RevokingError: The list cannot be made or written.
         RegisterError: It is not this CA's turn to sign.
     """
-    check_may_sign(ca)
-    before = current_list(ca, authority.roots, now=now)
-    new = {serial: Revocation(now, reason) for serial, reason in (withdrawn or {}).items()}
-    return _write(authority, ca, max(before.number, number_above) + 1, {**new, **before.revoked}, now=now, days=days)
+    with _alone(ca):
+        check_may_sign(ca)
+        before = current_list(ca, authority.roots, now=now)
+        new = {serial: Revocation(now, reason) for serial, reason in (withdrawn or {}).items()}
+        number = max(before.number, number_above) + 1
+        return _write(authority, ca, number, {**new, **before.revoked}, now=now, days=days)
 
 
 def begin_rollover(authority: Authority, old: Path, new: Path, *, now: float, overwrite: bool = False) -> Authority:
@@ -110,13 +118,29 @@ def take_over(authority: Authority, old: Path, new: Path, *, now: float, days: i
         raise RevokingError(f"the CA in {new} does not wait to take over: it has done so, or replaces none")
     if load_certificate(old / CA_CERTIFICATE_FILE) != load_certificate(waits):
         raise RevokingError(f"the CA in {old} is not the one that the CA in {new} was made to replace")
-    Register(new).take_in(line.certificate for line in Register(old).certificates())
-    before = [current_list(directory, authority.roots, now=now) for directory in (old, new)]
-    revoked = {serial: entry for known in before for serial, entry in known.revoked.items()}
-    made = _write(authority, new, max(known.number for known in before) + 1, revoked, now=now, days=days)
-    _put(old / SUCCESSOR_FILE, _pem(authority.certificate))  # only now: it must not sign where the other begins
+    with _alone(old):  # a list that the old CA made meanwhile would be lost
+        Register(new).take_in(line.certificate for line in Register(old).certificates())
+        before = [current_list(directory, authority.roots, now=now) for directory in (old, new)]
+        revoked = {serial: entry for known in before for serial, entry in known.revoked.items()}
+        made = _write(authority, new, max(known.number for known in before) + 1, revoked, now=now, days=days)
+        _put(old / SUCCESSOR_FILE, _pem(authority.certificate))  # only now: it must not sign where the other begins
     waits.unlink()
     return made
+
+
+@contextmanager
+def _alone(ca: Path) -> Iterator[None]:
+    """One list at a time: two that are made from the same one have the same number, and one loses its entries."""
+    path = ca / LOCK_FILE
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise RevokingError(f"{path} cannot be opened ({error.strerror})") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _write(
@@ -124,6 +148,10 @@ def _write(
 ) -> RevocationList:
     if not 1 <= days <= 3650:
         raise RevokingError(f"a list cannot be good for {days} days: choose 1 to 3650")
+    if number > MAX_NUMBER:
+        raise RevokingError(
+            f"a list cannot have the number {number}: sites take no lower one ever after, so at most {MAX_NUMBER}"
+        )
     der = _signed(authority, number, revoked, now=now, days=days)
     # What is handed out has been read the way that everybody will read it.
     made = RevocationList.parse(der, authority.roots, now=now)
