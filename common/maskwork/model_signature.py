@@ -212,6 +212,7 @@ def _statement(values: Mapping[str, object]) -> ModelStatement:
 def _text(values: Mapping[str, object], key: str) -> str:
     if not isinstance(value := values[key], str):
         raise ValueError(f"{key} is no text")
+    value.encode()  # half of a pair of surrogates is no text either
     return value
 
 

@@ -17,7 +17,7 @@ from tests.audit.recorded import SITES, judged, recorded, rewritten, signed_anew
 from tests.simulation.identities import COORDINATOR_SIGNER, FEDERATION, ROOTS
 
 from maskwork.audit import chain
-from maskwork.audit.lines import decode_line, encode_line, record_bytes
+from maskwork.audit.lines import LineError, decode_line, encode_line, record_bytes
 from maskwork.audit.records import HeadKept, HistoryAccepted, Opened, Operator, Record, Service
 from maskwork.audit.verify import Problem, verify_chain
 from maskwork.net.authority import Authority
@@ -177,6 +177,26 @@ def test_an_incomplete_last_line_is_named(cut: int) -> None:
 def test_a_line_that_is_none_is_named(line: bytes) -> None:
     found = first(b"".join([*LOG[:3], line, *LOG[4:]]).splitlines(keepends=True))
     assert found.index in (3, 4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"index": 1 << 63}, {"index": 1 << 64}, {"index": -1}, {"index": True}, {"at": 10**400}, {"at": 1e300},
+        {"at": -1e300}, {"at": -1}, {"at": True}, {"data": {"detail": "\ud800", "event": "started"}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_record_that_nothing_can_be_computed_with_is_named_even_of_its_owner(change: dict[str, object]) -> None:
+    entry = decode_line(LOG[3])
+    told = {"at": entry.at, "data": {"detail": "", "event": "started"}, "index": 3, "kind": "service", **change}
+    data = json.dumps(told, sort_keys=True, separators=(",", ":")).encode()
+    head = chain.next_head(decode_line(LOG[2]).signed.head, 3, chain.record_digest(data))
+    line = encode_line(data, chain.sign_head(COORDINATOR_SIGNER, FEDERATION, 4, head))
+    found = first([*LOG[:3], line, *LOG[4:]])
+    assert found.index == 3
+    with pytest.raises(LineError):  # so that `audit show` says so too
+        decode_line(line)
 
 
 def test_a_kind_that_is_not_known_is_named() -> None:

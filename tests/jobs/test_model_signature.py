@@ -218,6 +218,16 @@ def test_anything_else_is_refused_with_the_files_name(name: str) -> None:
         parse_signature(variants()[name], named="f")
 
 
+@pytest.mark.parametrize("field", ["job_id", "federation"])
+def test_half_of_a_pair_of_surrogates_is_no_text(field: str) -> None:
+    data = signed().to_json()
+    value = json.loads(data)[field]
+    told = data.replace(json.dumps(value).encode(), b'"\\ud800"')
+    assert told != data
+    with pytest.raises(SignatureRefused, match=r"m\.sig is not a model's signature"):
+        parse_signature(told, named="m.sig")
+
+
 def test_a_file_that_is_not_there_is_named(model: Path, tmp_path: Path) -> None:
     for paths in ((model, tmp_path / "no.sig"), (tmp_path / "no", signature_file(model))):
         with pytest.raises(UserError, match=r"/no.*cannot be read: No such file"):

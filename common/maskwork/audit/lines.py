@@ -26,6 +26,8 @@ _BEFORE_SIGNATURE = b',"signature":"'
 _CLOSING = b'"}'
 _RECORD_AT = len(_OPENING) + 64 + len(_BEFORE_RECORD)
 _SIGNATURE_AT = 128 + len(_CLOSING)
+_MAX_INDEX = 1 << 62  # heads and signatures cover it, and the one after it, in eight bytes
+_MAX_AT = 253_402_300_799  # the last second of the year 9999: what a date can be made of
 
 
 class LineError(ValueError):
@@ -113,13 +115,17 @@ def decode_line(line: bytes) -> Entry:
     try:
         told = json.loads(data)
         canonical = _canonical(told) == data
+        if b"\\ud" in data:  # half of a pair of surrogates is no text: it could be neither printed nor encoded
+            json.dumps(told, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise LineError("the record is not JSON") from None
     if not canonical or not isinstance(told, dict) or told.keys() != {"at", "data", "index", "kind"}:
         raise LineError("the record is not in canonical form")
     index, at, name = told["index"], told["at"], told["kind"]
-    if type(index) is not int or index < 0 or not isinstance(at, int | float) or not isinstance(name, str):
+    if type(index) is not int or type(at) not in (int, float) or not isinstance(name, str):
         raise LineError("the record has no index, time or kind")
+    if not 0 <= index <= _MAX_INDEX or not 0 <= at <= _MAX_AT:
+        raise LineError("the record's index or time is out of range")
     kind = KINDS.get(name)
     if kind is None:
         raise LineError(f"a record of kind {name[:40]!a}, which this version does not know")
