@@ -94,6 +94,11 @@ def renew(
     """
     identity_files = IdentityFiles.in_directory(directory)
     own = tls.check_own_files(identity_files, now=clock(), role=role)
+    if own.identity.role is Role.COORDINATOR:
+        raise UserError(
+            "a coordinator is not renewed by itself: its certificate carries host names, which somebody has to look "
+            "at; use `maskwork pki request`, `sign` and `install`"
+        )
     files = RequestFiles.in_directory(directory)
     request = new_request(files.own_key(), own.identity)
     files.write(request)

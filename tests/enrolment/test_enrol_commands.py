@@ -93,3 +93,10 @@ def test_a_site_enrols_as_a_participant_alone(
     with pytest.raises(SystemExit):
         run(installed_contributions(), [*words, "--ca-fingerprint", ca_fingerprint(pki.home)])
     assert "maskwork pki enrol" in capsys.readouterr().err
+
+
+def test_a_coordinator_is_told_how_it_is_renewed_and_its_directory_is_left_as_it_was(pki: Shell) -> None:
+    assert pki("issue", "coordinator", "hub", "--ca", "@ca", "--out", "@hub", "--dns", "localhost")[0] == 0
+    code, said = pki("renew", "--coordinator", NOWHERE, "--identity", "@hub")
+    assert (code, "`maskwork pki request`" in said) == (1, True), said
+    assert sorted(path.name for path in (pki.home / "hub").iterdir()) == ["ca.pem", "cert.pem", "key.pem"]
