@@ -166,6 +166,17 @@ def test_lists_that_are_made_at_once_lose_nothing_and_have_a_number_each(pki: Sh
     assert list_in(pki, "ca").serials == frozenset(serials)
 
 
+def test_of_two_successors_only_one_takes_over(pki: Shell) -> None:
+    for out in ("@ca-2", "@ca-3"):
+        assert pki("successor", "--ca", "@ca", "--out", out)[0] == 0
+    assert pki("take-over", "--ca", "@ca-2", "--old", "@ca")[0] == 0
+    code, said = pki("take-over", "--ca", "@ca-3", "--old", "@ca")
+    assert (code, "replaced by another than the CA in" in said) == (1, True), said
+    assert pki("issue", "participant", "x", "--ca", "@ca-3", "--out", "@x")[0] == 1
+    assert pki("refresh-list", "--ca", "@ca-3")[0] == 1
+    assert not (pki.home / "ca-3" / "revoked.crl").exists()
+
+
 def test_a_number_after_which_there_would_be_none_is_not_given(pki: Shell) -> None:
     code, said = pki("refresh-list", "--ca", "@ca", "--number-above", str(2**63 - 2))
     assert (code, "take no lower one" in said) == (1, True), said

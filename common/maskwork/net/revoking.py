@@ -119,6 +119,12 @@ def take_over(authority: Authority, old: Path, new: Path, *, now: float, days: i
     if load_certificate(old / CA_CERTIFICATE_FILE) != load_certificate(waits):
         raise RevokingError(f"the CA in {old} is not the one that the CA in {new} was made to replace")
     with _alone(old):  # a list that the old CA made meanwhile would be lost
+        has = old / SUCCESSOR_FILE
+        if has.is_file() and load_certificate(has) != authority.certificate:
+            raise RevokingError(
+                f"the CA in {old} has been replaced by another than the CA in {new}: its certificate is {has}. "
+                "Use that one; two that sign at a time would have two registers and two lists of each number"
+            )
         Register(new).take_in(line.certificate for line in Register(old).certificates())
         before = [current_list(directory, authority.roots, now=now) for directory in (old, new)]
         revoked = {serial: entry for known in before for serial, entry in known.revoked.items()}
