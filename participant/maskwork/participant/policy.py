@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
@@ -130,8 +131,13 @@ class Policy(Section):
         unknown = sorted(set(self.trusted_organisations) - self.organisations.keys())
         if unknown:
             raise ValueError(f"trusted_organisations: {unknown[0][:80]!r} is not in the table [organisations]")
+        empty = [name for name in self.trusted_organisations if not self.organisations[name]]
+        if empty:
+            raise ValueError(f"trusted_organisations: {empty[0][:80]!r} has no members in the table [organisations]")
         if self.trusted and not self.min_trusted_survivors:
             raise ValueError("trusted_participants protects from nothing without min_trusted_survivors: set it")
+        if Fraction(str(self.max_participation)) * self.participation_window < 1:
+            raise ValueError("max_participation is below one round in a participation_window: no plan could pass")
         if self.min_trusted_survivors > len(self.trusted):
             trusted = f"the {len(self.trusted)} members that are trusted"
             raise ValueError(f"min_trusted_survivors: {self.min_trusted_survivors} are more than {trusted}")
