@@ -81,8 +81,8 @@ def survivors() -> Survivors:
     return record
 
 
-def committed() -> Committed:
-    record = recorded().entries[recorded().index_of("committed")].record
+def committed(*, last: bool = False) -> Committed:
+    record = recorded().entries[recorded().index_of("committed", last=last)].record
     assert isinstance(record, Committed)
     return record
 
@@ -136,6 +136,11 @@ LIES: dict[str, tuple[Callable[[Records], None], str, str]] = {
         inserted(AttemptEnded(session=committed().session, outcome="aborted", reason="")),
         "attempt-ended",
         "had been committed before",
+    ),
+    "commit-of-what-had-ended": (
+        inserted(AttemptEnded(session=committed(last=True).session, outcome="aborted", reason=""), before="committed"),
+        "committed",
+        "its attempt had ended before",
     ),
     "dropped-stranger": (changed_record("dropped", participant="nobody"), "dropped", "was not in the roster"),
     "dropped-nowhere": (
