@@ -122,6 +122,11 @@ def check_server(target: str, *, known: Collection[bytes], now: float) -> tuple[
         UserError: The server shows no CA of these fingerprints, or is no coordinator of it.
     """
     shown = presented_certificates(target)
+    if len(shown) == 1:
+        raise UserError(
+            f"{target} shows no CA beside its certificate, as an enrolment port does: give the coordinator's "
+            "enrolment port, not the port that members with a certificate use. Nothing was sent to it."
+        )
     roots = known_roots(shown[1:], known, source=target)
     roots.check_validity(now)
     try:

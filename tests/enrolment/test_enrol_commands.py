@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from tests.enrolment.test_requests import Shell, ca_fingerprint
 
+from maskwork import enrolment_client
 from maskwork.cli import installed_contributions, run
+from maskwork.net.identity import load_certificate
 from maskwork.net.tokens import Token
 
 NOWHERE = "localhost:1"
@@ -100,3 +102,14 @@ def test_a_coordinator_is_told_how_it_is_renewed_and_its_directory_is_left_as_it
     code, said = pki("renew", "--coordinator", NOWHERE, "--identity", "@hub")
     assert (code, "`maskwork pki request`" in said) == (1, True), said
     assert sorted(path.name for path in (pki.home / "hub").iterdir()) == ["ca.pem", "cert.pem", "key.pem"]
+
+
+def test_the_main_port_is_not_taken_for_somebody_in_between(pki: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(pki)
+    assert pki("issue", "coordinator", "hub", "--ca", "@ca", "--out", "@hub", "--dns", "localhost")[0] == 0
+    shown = [load_certificate(pki.home / "hub" / "cert.pem")]  # without the CA's, which only the enrolment port adds
+    monkeypatch.setattr(enrolment_client, "presented_certificates", lambda target: shown)
+    arguments = ("--ca-fingerprint", ca_fingerprint(pki.home), "--token-file", "@participant.token", "--out", "@site")
+    code, said = pki("enrol", "--coordinator", NOWHERE, *arguments)
+    assert (code, "enrolment port, not the port" in said) == (1, True), said
+    assert not (pki.home / "site").exists()
