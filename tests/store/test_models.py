@@ -141,6 +141,23 @@ def test_a_sweep_deletes_what_an_earlier_process_left(models: ModelStore) -> Non
     assert listing(models) == sorted(["README", f"{DIGEST.hex()}.safetensors"])
 
 
+def test_a_sweep_without_a_single_row_leaves_every_model(models: ModelStore) -> None:
+    """A database that was lost, moved away or mistyped is a new and empty one: the models must outlast that."""
+    models.put(write)
+    (models.directory / ".incoming-left-by-a-killed-process").write_bytes(b"half")
+    assert ModelStore(models.directory).sweep(()) == (".incoming-left-by-a-killed-process",)
+    models.verify(DIGEST)
+
+
+def test_a_sweep_leaves_models_from_before_the_first_that_a_row_refers_to(models: ModelStore) -> None:
+    models.put(write)
+    an_hour_ago = os.stat(models.path(DIGEST)).st_mtime - 3600
+    os.utime(models.path(DIGEST), (an_hour_ago, an_hour_ago))
+    first_of_another_database = models.put(lambda path: path.write_bytes(b"another"))
+    assert ModelStore(models.directory).sweep({first_of_another_database}) == ()
+    models.verify(DIGEST)
+
+
 def test_a_sweep_spares_what_a_row_is_about_to_refer_to(models: ModelStore) -> None:
     models.put(write)
     with models.incoming(max_bytes=len(BYTES)) as model:

@@ -9,6 +9,8 @@ Rules
 2. Nothing is trusted for its name alone: `verify` hashes again. With a vault no plain byte of a model is written, and
    a plain file is not read unless the vault accepts those of before.
 3. `sweep` never touches what this process is writing or has put: it cannot race the row that is about to refer to it.
+   Nor does it touch a model older than all that are referred to: that is of another database, one that was lost, moved
+   away or not configured, and may be back tomorrow.
 """
 
 import hashlib
@@ -21,10 +23,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, cast
 
+import structlog
+
 from maskwork.coordinator.sealed import NotSealed, SealDamaged, SealedWriter, pieces
 from maskwork.coordinator.vault import Vault, not_accepted
 from maskwork.errors import StoreError
 from maskwork.tensors import ModelSource
+
+log = structlog.get_logger("maskwork.coordinator")
 
 _TEMPORARY = ".incoming-"
 _NAMED_BY_DIGEST = re.compile(r"([0-9a-f]{64})\.safetensors")
@@ -314,18 +320,34 @@ class ModelStore:
             keep: Digests of every model that a row refers to.
 
         Returns:
-            The names of the files deleted, sorted. Files with names of other kinds stay.
+            The names of the files deleted, sorted. Files with names of other kinds stay, and so do models of another
+            database, of which the log tells.
         """
-        kept = {digest.hex() for digest in keep}
-        deleted = []
+        kept = {f"{digest.hex()}.safetensors" for digest in keep}
+        deleted, strangers = [], 0
         with _world_failures(self.directory):
-            for name in sorted(os.listdir(self.directory)):
-                by_digest = _NAMED_BY_DIGEST.fullmatch(name)
-                unreferenced = by_digest is not None and by_digest[1] not in kept
-                if name not in self._own and (unreferenced or name.startswith(_TEMPORARY)):
-                    (self.directory / name).unlink(missing_ok=True)
-                    deleted.append(name)
+            names = sorted(os.listdir(self.directory))
+            oldest = min((self._written_at(name) for name in names if name in kept), default=None)
+            for name in names:
+                unreferenced = _NAMED_BY_DIGEST.fullmatch(name) is not None and name not in kept
+                if name in self._own or not (unreferenced or name.startswith(_TEMPORARY)):
+                    continue
+                if unreferenced and (oldest is None or self._written_at(name) < oldest):
+                    strangers += 1
+                    continue
+                (self.directory / name).unlink(missing_ok=True)
+                deleted.append(name)
+        if strangers:
+            log.warning(
+                "models that the database does not know were left where they are",
+                directory=str(self.directory),
+                models=strangers,
+                remedy="if the database was lost, moved away or is another one now, restore it; else delete them",
+            )
         return tuple(deleted)
+
+    def _written_at(self, name: str) -> int:
+        return (self.directory / name).stat().st_mtime_ns
 
     def _named(self, digest: bytes) -> Path:
         if len(digest) != 32:
