@@ -56,6 +56,18 @@ async def test_a_site_that_comes_back_in_its_session_is_asked_again_and_answers_
         assert coordinator.store.rounds("job-1")[0].survivors == SITES
 
 
+async def test_a_second_agent_with_the_same_certificate_makes_the_first_hear_why_it_ended(tmp_path: Path) -> None:
+    async with federation(tmp_path) as (coordinator, sites):
+        twin = sites["site-b"]
+        await twin.connect(coordinator.driver)
+        first = twin.peer
+        await twin.connect(coordinator.driver)
+        await coordinator.settled()
+        assert first is not None
+        assert twin.peer is not None
+        assert (first.displaced, twin.peer.displaced) == (True, False)
+
+
 async def test_a_site_that_comes_back_without_its_session_is_a_dropout(tmp_path: Path) -> None:
     async with federation(tmp_path) as (coordinator, sites):
         coordinator.add_job(cohort=FOUR)

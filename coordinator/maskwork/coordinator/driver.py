@@ -308,7 +308,11 @@ class Driver:
         if before is not None and self._renewals.waits(peer, older):
             return
         if older is not None:
-            log.warning("a newer connection takes the place of one that is still open", participant=peer.name)
+            remedy = "if this goes on, two agents run with this site's certificate: have its operator stop one"
+            log.warning(
+                "a newer connection takes the place of one that is still open", participant=peer.name, remedy=remedy
+            )
+            older.displaced = older.site.fingerprint == peer.site.fingerprint
             older.close()
         self._peers[peer.name] = peer
         self._renewals.welcome(peer, self.federation)

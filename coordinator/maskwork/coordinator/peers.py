@@ -28,6 +28,7 @@ class Peer:
         audit_size: how many records are under the head of our audit chain that it keeps; by its word.
         succeeds_another: it has an older certificate, and another connection, for the session that it is in.
         welcomed_by: the coordinator's certificate, DER, that this connection was told of; empty: whichever is in use.
+        displaced: another connection with the same certificate took its place.
     """
 
     site: PresentSite
@@ -36,6 +37,7 @@ class Peer:
     audit_size: int = 0
     succeeds_another: bool = False
     welcomed_by: bytes = field(default=b"", repr=False)
+    displaced: bool = False
     _outbox: asyncio.Queue[federation_pb2.ConnectResponse | None] = field(
         default_factory=lambda: asyncio.Queue(OUTBOX_LIMIT + 1), repr=False
     )

@@ -56,6 +56,10 @@ ABORT_WAIT_S = 60.0
 MESSAGES_BURST = 1000
 MESSAGES_PER_S = 100.0
 """A site says six messages in a session; one that says more than these in a second is not of our making."""
+DISPLACED = (
+    "another connection with this certificate took this one's place: if that was not this agent itself, a second one "
+    "runs with the same identity directory; stop one of them"
+)
 _SEGMENTS = {
     federation_pb2.SEGMENT_UPDATE: Segment.UPDATE,
     federation_pb2.SEGMENT_STATISTICS: Segment.STATISTICS,
@@ -83,6 +87,8 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
         try:
             while (response := await peer.next_response()) is not None:
                 yield response
+            if peer.displaced:
+                raise Refused(Refusal.NOT_NOW, DISPLACED)
         finally:
             reader.cancel()
             self._driver.post_soon(PeerGone(peer))
