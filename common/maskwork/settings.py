@@ -98,7 +98,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             )
             parts.append(f"{where}: no such key" + (f"; did you mean {near[0]}?" if near else ""))
         else:
-            parts.append(f"{where}: {problem['msg']}")
+            parts.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}")  # pydantic's word for ours
     if len(problems) > MAX_PROBLEMS_TOLD:
         parts.append(f"and {len(problems) - MAX_PROBLEMS_TOLD} more")
     return "; ".join(parts)

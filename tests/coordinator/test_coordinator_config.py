@@ -53,7 +53,7 @@ def test_a_mistake_is_told_with_the_file_the_key_and_the_nearest_known_one(
 def test_an_address_that_is_none_is_refused(address: str, tmp_path: Path) -> None:
     path = tmp_path / "coordinator.toml"
     path.write_text(f'listen = "{address}"\nidentity = "i"\nstate = "s"\n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"listen: .*is not an address: expected HOST:PORT"):
+    with pytest.raises(UserError, match=r"listen: '.*' is not an address: expected HOST:PORT"):
         read_config(path)
 
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 from tests.coordinator.local_federation import spec
 from tests.fuzz import recordings
 
@@ -73,7 +74,9 @@ async def test_submissions_at_the_same_time_do_not_pass_the_limit_together(offic
 
 async def test_a_model_that_leaves_too_little_room_is_not_taken_in(office: Office) -> None:
     office.free = DISK_RESERVE_BYTES + len(MODEL) - 1
-    assert "no room" in await office.refused()
+    with capture_logs() as logged:
+        assert "no room" in await office.refused()
+    assert [(line["free"], line["wanted"]) for line in logged] == [(office.free, office.free + 1)]
     assert not list(office.models.directory.iterdir())
     office.free += 1
     await office.submit()

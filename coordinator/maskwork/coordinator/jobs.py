@@ -90,8 +90,9 @@ class JobDesk:
                 "abort some, or wait",
             )
         free = self._free_bytes(self._models.directory) - self._promised
-        if model_size and model_size + DISK_RESERVE_BYTES > free:
-            log.error("no room for a submitted model", file=str(self._models.directory), free=free, wanted=model_size)
+        wanted = model_size + DISK_RESERVE_BYTES  # as the log says it: the model alone may be below what is free
+        if model_size and wanted > free:
+            log.error("no room for a submitted model", file=str(self._models.directory), free=free, wanted=wanted)
             raise Refused(Refusal.TOO_MUCH, "the coordinator has no room for this model; tell its operator")
 
     async def _take_model(self, size: int, chunks: AsyncIterable[bytes], submitted_by: str) -> bytes:
