@@ -24,6 +24,7 @@ class CountingRelay:
         """Pass on to the port `target` of this machine."""
         self._target = target
         self.up = self.down = 0
+        self._connections: set[asyncio.Future[None]] = set()
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, HOST, 0, limit=_PIECE)
@@ -32,19 +33,35 @@ class CountingRelay:
 
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
+        connection = asyncio.ensure_future(self._pass_on(reader, writer))
+        self._connections.add(connection)
+        connection.add_done_callback(self._connections.discard)
+        with suppress(asyncio.CancelledError):
+            await connection
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        back: asyncio.StreamWriter | None = None
+        try:
             there, back = await asyncio.open_connection(HOST, self._target, limit=_PIECE)
             await asyncio.gather(self._pump(reader, back, up=True), self._pump(there, writer, up=False))
+        except OSError:
+            pass  # one end is gone: the other is told so by the close
+        finally:
+            for end in (writer, back):
+                if end is not None:
+                    end.close()
 
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, up: bool) -> None:
-        with suppress(OSError):
-            while piece := await source.read(_PIECE):
-                if up:
-                    self.up += len(piece)
-                else:
-                    self.down += len(piece)
-                sink.write(piece)
-                await sink.drain()
-        sink.close()
+        while piece := await source.read(_PIECE):
+            if up:
+                self.up += len(piece)
+            else:
+                self.down += len(piece)
+            sink.write(piece)
+            await sink.drain()
+        sink.write_eof()
