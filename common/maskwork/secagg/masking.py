@@ -13,7 +13,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,6 +51,57 @@ class MaskingKeys:
         check_key(self.rounding_key)
 
 
+class MaskedTiles:
+    """One update, encoded, masked and packed, tile by tile in order: for whoever writes it away as it comes.
+
+    Iterating gives uint8 vectors, together the packed update of packed_size(d, ring_bits) bytes; each is overwritten by
+    the next. Every iteration gives the same bytes.
+
+    Attributes:
+        clamped: How many coordinates were clamped, after a whole iteration.
+    """
+
+    def __init__(
+        self, update_f32: Float32Array, weight: int, *, encoding: Encoding, keys: MaskingKeys, rotation_seed: bytes
+    ) -> None:
+        """Check the update; see :func:`mask_update`.
+
+        Raises:
+            EncodingError: The update, the weight or a length is refused.
+        """
+        check_weight(weight, encoding.weight_cap)
+        self._norm = checked_norm(update_f32)
+        self._update, self._weight = update_f32, weight
+        self._encoding, self._keys, self._rotation_seed = encoding, keys, rotation_seed
+        self._encoder()  # refuses a rotation seed that is none, now rather than at the first tile
+        self.clamped = 0
+
+    def __iter__(self) -> Iterator[UInt8Array]:
+        """The packed tiles."""
+        update, bits = self._update, self._encoding.ring_bits
+        encoder, masks, packer = self._encoder(), MaskStreams(self._keys.update, item_bytes=4), BitPacker(bits)
+        room = min(2 * TILE, len(update))
+        ring, packed = scratch(room, np.uint32), scratch(packed_size(room, bits), np.uint8)
+        self.clamped = 0
+        for start, stop in encoder.tiles():
+            tile = ring[: stop - start]
+            self.clamped += encoder.encode(update[start:stop], start, tile.view(np.int32))
+            masks.add_to(tile)
+            out = packed[: packed_size(len(tile), bits)]
+            packer.pack(tile, out)
+            yield out
+
+    def _encoder(self) -> TileEncoder:
+        return TileEncoder(
+            self._encoding,
+            length=len(self._update),
+            norm=self._norm,
+            weight=self._weight,
+            rotation_seed=self._rotation_seed,
+            rounding_key=self._keys.rounding_key,
+        )
+
+
 def mask_update(
     update_f32: Float32Array,
     weight: int,
@@ -60,7 +111,7 @@ def mask_update(
     rotation_seed: bytes,
     out_u8: UInt8Array,
 ) -> int:
-    """Encodes, masks and packs one update.
+    """Encodes, masks and packs one update into memory.
 
     Args:
         update_f32: float32[d], contiguous.
@@ -76,28 +127,13 @@ def mask_update(
     Raises:
         EncodingError: The update, the weight or a length is refused; nothing was written.
     """
-    check_weight(weight, encoding.weight_cap)
-    norm = checked_norm(update_f32)
+    tiles = MaskedTiles(update_f32, weight, encoding=encoding, keys=keys, rotation_seed=rotation_seed)
     _check_packed(out_u8, len(update_f32), encoding.ring_bits)
-    encoder = TileEncoder(
-        encoding,
-        length=len(update_f32),
-        norm=norm,
-        weight=weight,
-        rotation_seed=rotation_seed,
-        rounding_key=keys.rounding_key,
-    )
-    masks = MaskStreams(keys.update, item_bytes=4)
-    packer = BitPacker(encoding.ring_bits)
-    ring = scratch(min(2 * TILE, len(update_f32)), np.uint32)
-    clamped = 0
-    for start, stop in encoder.tiles():
-        tile = ring[: stop - start]
-        clamped += encoder.encode(update_f32[start:stop], start, tile.view(np.int32))
-        masks.add_to(tile)
-        at = start * encoding.ring_bits // 8
-        packer.pack(tile, out_u8[at : at + packed_size(len(tile), encoding.ring_bits)])
-    return clamped
+    at = 0
+    for tile in tiles:
+        out_u8[at : at + len(tile)] = tile
+        at += len(tile)
+    return tiles.clamped
 
 
 def _check_packed(packed: UInt8Array, count: int, ring_bits: int) -> None:

@@ -230,6 +230,9 @@ class SessionRunner:
         session.enter_stage(stage, self._around.ticks())
         seconds = deadline_s(session.plan, stage)
         session.timers[stage] = self._around.later(seconds, session.id, core.DeadlinePassed(stage))
+        if stage is core.Stage.CONSISTENCY_CHECK:
+            # The sum is whole: what takes the disk so long is under way while the signatures are gathered.
+            session.additions.append(asyncio.ensure_future(self._make_durable()))
         self._publish(events.StageOpened(*self._when(), stage=stage.value, expected=session.names(expected)))
 
     def _dropped(self, drop: core.DropPeer) -> None:
@@ -290,11 +293,14 @@ class SessionRunner:
         )
         session.additions.append(asyncio.ensure_future(work))
 
+    async def _make_durable(self) -> None:
+        await self._around.worker.call(aggregation.make_durable, self.session.accumulator)
+
     async def _persist(self) -> None:
         """Everything in U3 is in the sum and on the disk, with the sets and signatures, before Unmask is asked for."""
         session = self.session
         await asyncio.gather(*session.additions)
-        await self._around.worker.call(aggregation.make_durable, session.accumulator)
+        await self._make_durable()
         transcript = session.transcript(session.state)
         self._around.store.save_resume(
             ResumeRecord(

@@ -18,10 +18,11 @@ import os
 import random
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 import numpy as np
 import torch
@@ -31,8 +32,8 @@ from maskwork.errors import UserError
 from maskwork.metrics import statistic_values
 from maskwork.participant.training_calls import MaskRequest, MaskResult, TaskInfo, TrainRequest, TrainSummary
 from maskwork.secagg.encoding import encode_statistics
-from maskwork.secagg.masking import mask_statistics, mask_update
-from maskwork.secagg.ring import UInt8Array, packed_size
+from maskwork.secagg.masking import MaskedTiles, mask_statistics
+from maskwork.secagg.ring import packed_size
 from maskwork.task import Task, TaskError, TrainingConfig, TrainingError, checked_metrics, load_task
 from maskwork.tensors import Float32Array, Schema, TensorSpec, first_non_finite, read_finite_vector
 
@@ -306,22 +307,19 @@ def mask(request: MaskRequest) -> MaskResult:
             "or another session was trained"
         )
     statistics = _masked_statistics(kept.summary, request)
-    size = packed_size(len(kept.update), request.encoding.ring_bits)
-    _allocate(request.output, size)
-    try:
-        packed: UInt8Array = np.memmap(request.output, np.uint8, "r+", shape=(size,))
-        clamped = mask_update(
-            kept.update,
-            kept.summary.examples,
-            encoding=request.encoding,
-            keys=request.keys,
-            rotation_seed=request.rotation_seed,
-            out_u8=packed,
-        )
-    except BaseException:
-        request.output.unlink(missing_ok=True)
-        raise
-    return MaskResult(size, statistics, clamped, hashlib.sha256(packed.data).digest())
+    tiles = MaskedTiles(
+        kept.update,
+        kept.summary.examples,
+        encoding=request.encoding,
+        keys=request.keys,
+        rotation_seed=request.rotation_seed,
+    )
+    size, digest = packed_size(len(kept.update), request.encoding.ring_bits), hashlib.sha256()
+    with _new_file(request.output) as file:
+        for tile in tiles:  # hashed and written while it is in the cache
+            digest.update(tile.data)
+            file.write(tile.data)
+    return MaskResult(size, statistics, tiles.clamped, digest.digest())
 
 
 def discard(session_id: bytes) -> None:
@@ -350,13 +348,13 @@ def _masked_statistics(summary: TrainSummary, request: MaskRequest) -> bytes:
     return mask_statistics(encoded, request.keys.statistics)
 
 
-def _allocate(path: Path, size: int) -> None:
-    """Create a file of `size` bytes for this user alone; a full disk is found now, not as a SIGBUS later."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+@contextmanager
+def _new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file for this user alone; none is left if anything goes wrong."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError:
+        with open(descriptor, "wb") as file:
+            yield file
+    except BaseException:
         path.unlink(missing_ok=True)
         raise
-    finally:
-        os.close(descriptor)
