@@ -68,13 +68,16 @@ class Trainer:
             self.schema, tuple(name for name, b in self._local.items() if name in saved and b.is_floating_point())
         )
 
-    def run(self, model_vector: Float32Array, config: TrainingConfig, seed: int) -> tuple[Float32Array, TrainSummary]:
+    def run(
+        self, model_vector: Float32Array, config: TrainingConfig, seed: int, *, out: Float32Array | None = None
+    ) -> tuple[Float32Array, TrainSummary]:
         """One round: evaluate the global model, train it, and take the difference.
 
         Args:
-            model_vector: float32[d], the global model; left as it is.
+            model_vector: float32[d], the global model; left as it is, unless it is `out` too.
             config: The job's training config.
             seed: See `Task.train`.
+            out: float32[d] for the update; None: a vector of its own.
 
         Returns:
             The update float32[d], trained minus global, and what was measured.
@@ -93,8 +96,7 @@ class Trainer:
         trained = task.train(model.train(), config, seed=seed)
         train_metrics = checked_metrics("training", trained, least=1)
         model.zero_grad(set_to_none=True)
-        update = self._trained_vector()
-        np.subtract(update, model_vector, out=update)
+        update = self._trained_minus(model_vector, np.empty_like(model_vector) if out is None else out)
         summary = TrainSummary(
             examples=trained.examples,
             train_metrics=train_metrics,
@@ -112,15 +114,20 @@ class Trainer:
             for name, value in self._local.items():
                 buffers[name].copy_(value)
 
-    def _trained_vector(self) -> Float32Array:
+    def _trained_minus(self, model_vector: Float32Array, out: Float32Array) -> Float32Array:
         tensors = federated_tensors(self._task, self._model)
         if difference := self.schema.difference(schema_of(tensors)):
             raise TrainingError(f"training changed which tensors are federated: {difference} (after training)")
-        vector = to_vector(tensors, self.schema)
-        if (at := first_non_finite(vector)) is not None:
+        readable = model_vector if model_vector.flags.writeable else model_vector.copy()  # torch warns of others
+        before, after = torch.from_numpy(readable), torch.from_numpy(out)
+        with torch.no_grad():
+            for spec, start, stop in self.schema.spans():
+                trained = tensors[spec.name].to(torch.float32).reshape(-1)
+                torch.sub(trained, before[start:stop], out=after[start:stop])
+        if (at := first_non_finite(out)) is not None:  # whatever is subtracted, NaN and infinity stay what they are
             name = self.schema.tensor_at(at).name
             raise TrainingError(f"after training, tensor {name!r} holds NaN or infinity: lower the learning rate?")
-        return vector
+        return out
 
 
 def train_once(
@@ -281,7 +288,7 @@ def train(request: TrainRequest) -> TrainSummary:
     if schema.size != request.parameters:
         raise TrainingError(f"the plan counts {request.parameters} parameters, its model has {schema.size}")
     try:
-        update, summary = trainer.run(vector, request.config, request.seed)
+        update, summary = trainer.run(vector, request.config, request.seed, out=vector)
     except UserError:
         raise
     except Exception as error:  # the site's own code may raise anything; its operator is told where
