@@ -169,6 +169,7 @@ def test_lists_that_are_made_at_once_lose_nothing_and_have_a_number_each(pki: Sh
 def test_of_two_successors_only_one_takes_over(pki: Shell) -> None:
     for out in ("@ca-2", "@ca-3"):
         assert pki("successor", "--ca", "@ca", "--out", out)[0] == 0
+        (pki.home / "ca" / "roots.pem").unlink()  # as who begins anew, but forgets the successor of before
     assert pki("take-over", "--ca", "@ca-2", "--old", "@ca")[0] == 0
     code, said = pki("take-over", "--ca", "@ca-3", "--old", "@ca")
     assert (code, "replaced by another than the CA in" in said) == (1, True), said
@@ -284,6 +285,25 @@ def test_a_ca_takes_over_from_the_one_that_it_was_made_to_replace_alone(pki: She
     code, said = pki("take-over", "--ca", "@ca-2", "--old", "@other")
     assert (code, "not the one" in said) == (1, True)
     assert pki("issue", "participant", "x", "--ca", "@other", "--out", "@x")[0] == 0
+
+
+def test_a_second_successor_is_refused_while_members_may_trust_the_first(pki: Shell) -> None:
+    home = pki.home
+    assert pki("successor", "--ca", "@ca", "--out", "@ca-2")[0] == 0
+    both = (home / "ca" / "roots.pem").read_bytes()
+    code, said = pki("successor", "--ca", "@ca", "--out", "@ca-3")
+    assert (code, f"remove {home}/ca/roots.pem" in said, "take-over" in said) == (1, True, True), said
+    assert not (home / "ca-3").exists()
+    assert (home / "ca" / "roots.pem").read_bytes() == both
+    issue(pki, "site-a")
+    assert pki("take-over", "--ca", "@ca-2", "--old", "@ca")[0] == 0
+    assert load_certificate(home / "ca-2/ca.pem") in TrustRoots.from_file(home / "site-a/ca.pem").certificates
+
+    # Another replacement begins when this one has been ended, and one that is given up can be begun anew.
+    assert pki("successor", "--ca", "@ca-2", "--out", "@ca-3")[0] == 1
+    for out in ("@ca-3", "@ca-4"):
+        (home / "ca-2" / "roots.pem").unlink()
+        assert pki("successor", "--ca", "@ca-2", "--out", out)[0] == 0
 
 
 def test_a_take_over_that_was_interrupted_is_done_again(pki: Shell) -> None:

@@ -90,18 +90,21 @@ def next_list(
 def begin_rollover(authority: Authority, old: Path, new: Path, *, now: float, overwrite: bool = False) -> Authority:
     """Make a CA that will replace `authority`, and tell both directories that members trust both from now on.
 
-    The old CA goes on signing until `take_over`.
+    The old CA goes on signing until `take_over`. It gets one successor: members that it issued in the meantime trust
+    that one, and nobody would tell them of another.
 
     Raises:
         RevokingError, AuthorityError, RegisterError: A file exists or cannot be written, or the old CA was replaced.
     """
-    check_may_sign(old)
-    successor = Authority.create(authority.federation, now=now)
-    successor.write(new, overwrite=overwrite)
-    both = _pem(authority.certificate, successor.certificate)
-    _put(new / PREDECESSOR_FILE, _pem(authority.certificate))
-    _put(new / ROOTS_FILE, both)
-    _put(old / ROOTS_FILE, both)
+    with _alone(old):
+        check_may_sign(old)
+        _refuse_second_successor(old)
+        successor = Authority.create(authority.federation, now=now)
+        successor.write(new, overwrite=overwrite)
+        both = _pem(authority.certificate, successor.certificate)
+        _put(new / PREDECESSOR_FILE, _pem(authority.certificate))
+        _put(new / ROOTS_FILE, both)
+        _put(old / ROOTS_FILE, both)
     return Authority.load(new)
 
 
@@ -132,6 +135,17 @@ def take_over(authority: Authority, old: Path, new: Path, *, now: float, days: i
         _put(old / SUCCESSOR_FILE, _pem(authority.certificate))  # only now: it must not sign where the other begins
     waits.unlink()
     return made
+
+
+def _refuse_second_successor(ca: Path) -> None:
+    both = ca / ROOTS_FILE
+    if both.exists():
+        raise RevokingError(
+            f"{both} is there, so members trust two CAs already: nothing was made. If a successor of the CA in {ca} "
+            "waits, let it take over with `maskwork pki take-over`. If that is done, or to begin anew with another "
+            f"successor, remove {both}, and the directory of a successor that is given up, and give everybody who "
+            "trusts that one another ca.pem"
+        )
 
 
 @contextmanager
