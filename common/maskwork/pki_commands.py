@@ -30,11 +30,13 @@ from maskwork.net.identity import (
     fingerprint,
     load_certificate,
     read_identity_file,
+    read_key_file,
     serial_bytes,
     to_der,
 )
 from maskwork.net.names import named, utc_text
 from maskwork.net.register import Register
+from maskwork.net.whole_files import open_to_others
 from maskwork.pki_register_commands import EXPIRES_SOON_S, add_to
 
 app = typer.Typer(
@@ -167,7 +169,6 @@ def _judge(path: Path, ca: Path | None, now: float) -> str | None:
     files = IdentityFiles.in_directory(path)
     if path.is_dir() and files.cert.exists():
         check_own_files(files, now=now, roots=_roots(ca) if ca else None)
-        _judge_key(files.key)
         return None
     file = _certificate_file(path)
     if b"PRIVATE KEY" in read_identity_file(file):
@@ -200,23 +201,17 @@ def _judge_ca(certificate: x509.Certificate, file: Path, ca: Path | None, *, now
 
 
 def _judge_key(file: Path) -> None:
-    key_pem = read_identity_file(file)
+    key_pem = read_key_file(file)
     try:
         load_pem_private_key(key_pem, password=None)
     except (ValueError, TypeError):
         raise IdentityError(
             IdentityProblem.MALFORMED, f"{file}: not an unencrypted PEM private key: restore it, or issue a new pair"
         ) from None
-    if _open_to_others(file):
-        raise IdentityError(IdentityProblem.UNREADABLE, f"{file}: others can read this key: run `chmod 600 {file}`")
 
 
 def _mode_rows(path: Path) -> list[tuple[str, str]]:
-    return [("readable by", "others too" if _open_to_others(path) else "its owner alone")]
-
-
-def _open_to_others(path: Path) -> bool:
-    return bool(path.stat().st_mode & 0o077)
+    return [("readable by", "others too" if open_to_others(path.stat()) else "its owner alone")]
 
 
 def _roots(ca: Path) -> TrustRoots:

@@ -112,6 +112,8 @@ def test_show_says_what_is_wrong(pki: Shell) -> None:
     code, said = pki("show", "@p")
     assert code == 1
     assert "chmod 600" in said
+    assert "chmod 600" in pki("show", "@p/key.pem")[1]
+    (home / "p/key.pem").chmod(0o600)
     (home / "p/key.pem").write_bytes((home / "ca/ca-key.pem").read_bytes())
     code, said = pki("show", "@p")
     assert code == 1

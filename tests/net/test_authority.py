@@ -129,6 +129,16 @@ def test_a_ca_with_anothers_key_is_refused(tmp_path: Path) -> None:
     assert caught.value.problem is IdentityProblem.UNREADABLE
 
 
+def test_a_cas_key_that_others_can_read_signs_nothing(tmp_path: Path) -> None:
+    AUTHORITY.write(tmp_path)
+    key = tmp_path / "ca-key.pem"
+    key.chmod(0o640)
+    with pytest.raises(IdentityError, match=f"others can read or write this key: run `chmod 600 {key}`"):
+        Authority.load(tmp_path)
+    key.chmod(0o600)
+    assert Authority.load(tmp_path).federation == "ward"
+
+
 def test_a_member_is_no_authority(tmp_path: Path) -> None:
     files = AUTHORITY.issue(Role.PARTICIPANT, "site-a", now=NOW).write(tmp_path)
     (tmp_path / "ca.pem").write_bytes(files.cert.read_bytes())

@@ -7,7 +7,13 @@ import pytest
 
 from maskwork.errors import UserError
 from maskwork.net.authority import Authority
-from maskwork.net.diagnosis import Target, check_own_files, explain_connection_failure, probe_server
+from maskwork.net.diagnosis import (
+    Target,
+    check_own_files,
+    explain_connection_failure,
+    load_private_key,
+    probe_server,
+)
 from maskwork.net.identity import IdentityError, IdentityFiles, IdentityProblem, Role, TrustRoots
 
 NOW = 1_800_000_000.0
@@ -56,6 +62,17 @@ def test_a_key_that_is_not_the_certificates(files: IdentityFiles, tmp_path: Path
     with pytest.raises(IdentityError, match="not the key of") as caught:
         check_own_files(mixed, now=NOW)
     assert caught.value.problem is IdentityProblem.WRONG_KEY
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o602, 0o644])
+def test_a_key_that_others_can_read_or_write_is_refused(files: IdentityFiles, mode: int) -> None:
+    files.key.chmod(mode)
+    assert problem_of(files) is IdentityProblem.UNREADABLE
+    with pytest.raises(IdentityError, match=f"others can read or write this key: run `chmod 600 {files.key}`"):
+        load_private_key(files.key)
+    for good in (0o600, 0o400):
+        files.key.chmod(good)
+        assert check_own_files(files, now=NOW).name == "site-a"
 
 
 @pytest.mark.parametrize("name", ["ca.pem", "cert.pem", "key.pem"])

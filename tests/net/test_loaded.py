@@ -130,6 +130,19 @@ async def test_what_is_not_good_for_this_service_is_said_once_and_left(
     assert len(site.taken) == 1
 
 
+async def test_a_new_key_that_others_can_read_is_taken_up_once_they_cannot(site: Site) -> None:
+    site.put(issued())
+    site.files.key.chmod(0o644)
+    for _ in range(3):
+        await site.looks.again()
+    assert site.taken == []
+    (said,) = [line for line in site.lines if line["log_level"] == "error"]
+    assert f"chmod 600 {site.files.key}" in said["detail"]
+    site.files.key.chmod(0o600)
+    await site.looks.again()
+    assert len(site.taken) == 1
+
+
 async def test_a_revoked_pair_is_not_taken_up(site: Site) -> None:
     new = issued()
     loaded = LoadedIdentity.load(

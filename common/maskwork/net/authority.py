@@ -35,7 +35,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from maskwork.errors import UserError
-from maskwork.net.identity import Identity, IdentityFiles, Role, TrustRoots, load_certificate, read_identity_file
+from maskwork.net.identity import Identity, IdentityFiles, Role, TrustRoots, load_certificate, read_key_file
 from maskwork.net.names import shortened, utc_text
 from maskwork.net.whole_files import write_whole
 
@@ -140,13 +140,13 @@ class Authority:
         """Read ``ca.pem``, ``ca-key.pem`` and, while a CA is replaced, ``roots.pem`` from `directory`.
 
         Raises:
-            IdentityError: When a file is unreadable, or a certificate is no federation CA's.
+            IdentityError: When a file is unreadable, others can read the key, or a certificate is no federation CA's.
             AuthorityError: When the key is not the CA's, or the CA's subject names no federation.
         """
         cert_path, key_path = directory / CA_CERTIFICATE_FILE, directory / CA_KEY_FILE
         certificate = load_certificate(cert_path)
         TrustRoots([certificate], source=str(cert_path))
-        key_pem = read_identity_file(key_path)
+        key_pem = read_key_file(key_path)
         try:
             key = load_pem_private_key(key_pem, password=None)
         except (ValueError, TypeError):

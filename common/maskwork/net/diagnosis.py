@@ -30,7 +30,7 @@ from maskwork.net.identity import (
     TrustRoots,
     VerifiedCertificate,
     load_certificate,
-    read_identity_file,
+    read_key_file,
     to_der,
 )
 from maskwork.net.names import shortened, utc_text
@@ -219,9 +219,10 @@ def load_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """Read one's own private key.
 
     Raises:
-        IdentityError: `UNREADABLE`, or `MALFORMED` when it is no unencrypted PEM key of an elliptic curve.
+        IdentityError: `UNREADABLE`, also when others can read it, or `MALFORMED` when it is no unencrypted PEM key of
+            an elliptic curve.
     """
-    key_pem = read_identity_file(path)
+    key_pem = read_key_file(path)
     try:
         key = load_pem_private_key(key_pem, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):

@@ -33,6 +33,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, SignatureAl
 
 from maskwork.net.names import Identity, IdentityError, IdentityProblem, Role, malformed, named, shortened, utc_text
 from maskwork.net.signed_der import signed_der
+from maskwork.net.whole_files import OpenToOthers, read_private
 
 __all__ = [
     "FINGERPRINT_BYTES",
@@ -50,6 +51,7 @@ __all__ = [
     "fingerprint",
     "load_certificate",
     "read_identity_file",
+    "read_key_file",
     "serial_bytes",
     "to_der",
 ]
@@ -357,10 +359,28 @@ def read_identity_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise IdentityError(
-            IdentityProblem.UNREADABLE,
-            f"{path} cannot be read ({error.strerror}): identity files come from `maskwork pki issue`",
-        ) from None
+        raise _unreadable(path, error) from None
+
+
+def read_key_file(path: Path) -> bytes:
+    """Read a file that holds a private key, if others cannot.
+
+    Raises:
+        IdentityError: `UNREADABLE`, naming the path and the system's reason, or that others can read it too.
+    """
+    try:
+        return read_private(path)
+    except OpenToOthers as error:
+        raise IdentityError(IdentityProblem.UNREADABLE, str(error)) from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> IdentityError:
+    return IdentityError(
+        IdentityProblem.UNREADABLE,
+        f"{path} cannot be read ({error.strerror}): identity files come from `maskwork pki issue`",
+    )
 
 
 def to_der(certificate: x509.Certificate) -> bytes:

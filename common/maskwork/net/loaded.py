@@ -32,6 +32,7 @@ from maskwork.net.identity import (
     TrustRoots,
     VerifiedCertificate,
     read_identity_file,
+    read_key_file,
     to_der,
 )
 
@@ -41,7 +42,7 @@ LOOK_S: Final = 2.0
 TELL_BEFORE_S: Final = 30 * 86400.0
 TELL_EVERY_S: Final = 86400.0
 
-Stamp = tuple[tuple[int, int, int], ...]
+Stamp = tuple[tuple[int, int, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,11 @@ class LoadedIdentity:
             IdentityError: What is wrong, beginning with the file that is.
         """
         check_own_files(files, now=now, role=role, roots=roots)  # words what is wrong better than what follows
-        ca_pem, cert_pem, key_pem = (read_identity_file(path) for path in (files.ca, files.cert, files.key))
+        ca_pem, cert_pem, key_pem = (
+            read_identity_file(files.ca),
+            read_identity_file(files.cert),
+            read_key_file(files.key),
+        )
         try:
             der = to_der(x509.load_pem_x509_certificate(cert_pem))
             key = load_pem_private_key(key_pem, password=None)
@@ -196,9 +201,10 @@ def _stamp(*paths: Path) -> Stamp:
         try:
             stat = path.stat()
         except OSError:
-            found.append((0, 0, 0))
+            found.append((0, 0, 0, 0))
         else:
-            found.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
+            # The mode too: a key that others could read is looked at again once they cannot.
+            found.append((stat.st_ino, stat.st_mtime_ns, stat.st_size, stat.st_mode))
     return tuple(found)
 
 

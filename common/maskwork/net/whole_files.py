@@ -1,12 +1,41 @@
-"""Writing a small file of an identity so that it is there whole or not at all, even after a power cut.
+"""Writing a small file of an identity so that it is there whole or not at all, even after a power cut; reading a key.
 
-Keys, certificates and revocation lists are written by this. It is NOT for models, which are larger and named by what
-they hold (`maskwork.tensors`), and decides nothing about replacing what is there: it does replace it.
+Keys, certificates and revocation lists are written by this, and every file with a key is read by this. It is NOT for
+models, which are larger and named by what they hold (`maskwork.tensors`), and decides nothing about replacing what is
+there: it does replace it.
 """
 
 import os
 import tempfile
 from pathlib import Path
+
+from maskwork.errors import UserError
+
+
+class OpenToOthers(UserError):
+    """A secret in a file that others than its owner can read or write."""
+
+
+def read_private(path: Path, *, most: int = -1) -> bytes:
+    """Read a file with a secret, if it is its owner's alone.
+
+    Args:
+        path: What is read.
+        most: Bytes that are read at most; all of them if negative.
+
+    Raises:
+        OpenToOthers: Its mode lets others read or write it; nothing was read.
+        OSError: It cannot be read.
+    """
+    with path.open("rb") as file:
+        if open_to_others(os.fstat(file.fileno())):
+            raise OpenToOthers(f"{path}: others can read or write this key: run `chmod 600 {path}`")
+        return file.read(most)
+
+
+def open_to_others(found: os.stat_result) -> bool:
+    """Whether others than a file's owner have any right to it."""
+    return bool(found.st_mode & 0o077)
 
 
 def write_whole(path: Path, content: bytes, *, private: bool = False) -> None:

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 
 from maskwork.coordinator.sealed import KEY_BYTES, MasterKey, MasterKeys
 from maskwork.errors import UserError
+from maskwork.net.whole_files import read_private
 from maskwork.settings import FilePath, Section
 
 COMMAND_TIMEOUT_S: Final = 60.0
@@ -159,10 +160,7 @@ def _read(
 
 def _text_of(file: Path) -> str:
     try:
-        with file.open("rb") as opened:
-            if os.fstat(opened.fileno()).st_mode & 0o077:
-                raise UserError(f"{file}: others can read or write this key: run `chmod 600 {file}`")
-            return opened.read(_MAX_KEY_FILE_BYTES).decode("ascii", errors="replace")
+        return read_private(file, most=_MAX_KEY_FILE_BYTES).decode("ascii", errors="replace")
     except OSError as error:
         raise UserError(
             f"{file}: the key that the state is encrypted with cannot be read ({error.strerror}). Mount or restore it; "

@@ -17,7 +17,7 @@ class CoordinatorConfig(Section):
 
     Attributes:
         listen: address and port for participants, operators and researchers.
-        identity: directory with ca.pem, cert.pem and key.pem of this coordinator.
+        identity: directory with ca.pem, cert.pem and key.pem of this coordinator; key.pem is its user's alone.
         state: directory for the database, models and spooled uploads.
         revocation_list: the revocation list's file, looked at every second; absent: revoked.crl in the identity
             directory, if there is one.

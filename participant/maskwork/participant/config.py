@@ -30,7 +30,7 @@ class ParticipantConfig(Section):
 
     Attributes:
         coordinator: address that the agent dials, HOST:PORT.
-        identity: directory with ca.pem, cert.pem and key.pem of this site.
+        identity: directory with ca.pem, cert.pem and key.pem of this site; key.pem is its user's alone.
         state: directory for the site's durable records; losing it means losing the memory of what was released.
         policy: the site's policy file; absent: the strict default.
         seed: from it, the job, the round and the site's name the training seed is derived.
