@@ -304,6 +304,37 @@ def test_a_coordinator_does_not_start_with_a_list_that_it_cannot_use(desk: Desk)
         desk.again().begin(required=False)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [lambda der: b"", lambda der: der[:-9], lambda der: der + bytes(MAX_LIST_BYTES)],
+    ids=["empty", "cut", "long"],
+)
+def test_a_coordinator_does_not_start_with_an_older_file_when_the_list_that_it_kept_is_damaged(
+    desk: Desk, damage: Callable[[bytes], bytes]
+) -> None:
+    kept, older = desk.folder / "state" / "revoked.crl", signed_list(CA, 4, now=NOW)
+    desk.put(newest := signed_list(CA, 5, [LEAF], now=NOW))
+    desk.begun.begin(required=True)
+    kept.write_bytes(damage(kept.read_bytes()))
+    desk.put(older)
+    with pytest.raises(UserError, match=f"{kept}.*Put the newest list of the CA there"):
+        desk.again().begin(required=True)
+    assert kept.read_bytes() == damage(newest)
+    kept.write_bytes(newest)
+    restarted = desk.again()
+    restarted.begin(required=True)
+    assert serial_bytes(LEAF) in restarted
+
+
+def test_a_list_that_was_kept_of_a_ca_that_is_trusted_no_more_is_left_aside(desk: Desk) -> None:
+    (desk.folder / "state").mkdir()
+    (desk.folder / "state" / "revoked.crl").write_bytes(signed_list(Authority.create("ward", now=NOW), 9, now=NOW))
+    desk.put(signed_list(CA, 10, [LEAF], now=NOW))
+    restarted = desk.again()
+    restarted.begin(required=True)
+    assert restarted.current.number == 10
+
+
 async def test_a_list_that_sites_refuse_by_its_date_is_told_each_hour(desk: Desk) -> None:
     desk.put(signed_list(CA, 5, now=NOW))
     desk.begun.begin(required=True)

@@ -35,6 +35,7 @@ from maskwork.net.revocation import (
     RevocationError,
     RevocationList,
 )
+from maskwork.net.revoking import next_list
 from maskwork.net.signed_der import signed_der
 from maskwork.wire import codec
 
@@ -261,6 +262,15 @@ def test_a_root_that_has_expired_signs_no_lists_but_stops_nobody_else() -> None:
         TrustRoots([old.certificate]).check_validity(NOW)
 
 
+def test_a_changed_list_of_the_own_ca_is_told_from_one_of_another(tmp_path: Path) -> None:
+    made = next_list(AUTHORITY, tmp_path, now=NOW, withdrawn={serial_bytes(LEAF): Reason.UNSPECIFIED}).der
+    changed = made.replace(serial_bytes(LEAF), bytes([1]) + serial_bytes(LEAF)[1:])
+    assert changed != made
+    assert problem_of(lambda: parse(changed)) is ListProblem.MALFORMED
+    assert problem_of(lambda: parse(made, TrustRoots([STRANGER.certificate]))) is ListProblem.WRONG_CA
+    assert problem_of(lambda: parse(changed, TrustRoots([STRANGER.certificate]))) is ListProblem.WRONG_CA
+
+
 # --- the newest list on the disk --------------------------------------------------------------------------------------
 
 
@@ -287,6 +297,11 @@ def test_a_kept_list_that_cannot_be_relied_upon_is_told_and_left_aside(tmp_path:
     kept = KeptList(path, ROOTS, now=NOW)
     assert kept.current is NO_LIST
     assert str(path) in kept.problem
+    assert kept.damaged
+    path.write_bytes(signed_list(STRANGER, now=NOW))
+    kept = KeptList(path, ROOTS, now=NOW)
+    assert (kept.current, kept.damaged) == (NO_LIST, False)
+    assert "not signed by a CA that is trusted here" in kept.problem
     (tmp_path / "folder").mkdir()
     with pytest.raises(StoreError, match="folder"):
         KeptList(tmp_path / "folder", ROOTS, now=NOW)

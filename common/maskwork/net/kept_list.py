@@ -9,7 +9,7 @@ from pathlib import Path
 
 from maskwork.errors import StoreError
 from maskwork.net.identity import TrustRoots
-from maskwork.net.revocation import NO_LIST, RevocationError, RevocationList
+from maskwork.net.revocation import NO_LIST, ListProblem, RevocationError, RevocationList
 from maskwork.net.whole_files import write_whole
 
 
@@ -19,19 +19,20 @@ class KeptList:
     Attributes:
         current: The list in force; `NO_LIST` before there is one.
         problem: Why the file that was found could not be relied upon; empty if it could.
+        damaged: It is no list at all any more, or a changed one: it was not put out of force by the end of its CA.
     """
 
     def __init__(self, path: Path, roots: TrustRoots, *, now: float) -> None:
         """Read the file at `path`, if there is one.
 
         One that a root signed which is not trusted any more is left aside: the replacement of a CA must not stop a
-        party that was away meanwhile.
+        party that was away meanwhile. Whether one that is damaged may be left aside, its owner has to know.
 
         Raises:
             StoreError: The file is there and cannot be read.
         """
         self._path = path
-        self.current, self.problem = NO_LIST, ""
+        self.current, self.problem, self.damaged = NO_LIST, "", False
         try:
             self.current = RevocationList.parse(path.read_bytes(), roots, now=now)
         except FileNotFoundError:
@@ -39,7 +40,7 @@ class KeptList:
         except OSError as error:
             raise StoreError.from_cause(error, file=path) from error
         except RevocationError as error:
-            self.problem = f"{path}: {error}"
+            self.problem, self.damaged = f"{path}: {error}", error.problem is not ListProblem.WRONG_CA
 
     def __contains__(self, name: object) -> bool:
         return name in self.current

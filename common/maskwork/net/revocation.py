@@ -222,11 +222,23 @@ def _check_signed(crl: x509.CertificateRevocationList, roots: TrustRoots, now: f
                     "sign with its successor",
                 )
             return
+    if _names(crl, roots):
+        raise _malformed("it names a CA that is trusted here, whose signature does not fit: it was changed")
     raise RevocationError(
         ListProblem.WRONG_CA,
         f"it was not signed by a CA that is trusted here, but claims to be by {named(crl.issuer)}: "
         "use the list of the federation's own CA; while a CA is replaced, give everybody both CA certificates first",
     )
+
+
+def _names(crl: x509.CertificateRevocationList, roots: TrustRoots) -> bool:
+    """Whether a list says that it was signed with the key of one of `roots`; anybody can write so."""
+    try:
+        said = crl.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+    except (*_UNREADABLE, x509.ExtensionNotFound):
+        return False
+    keys = (root.public_key() for root in roots.certificates)
+    return said in {x509.SubjectKeyIdentifier.from_public_key(key).digest for key in keys}
 
 
 def _number(crl: x509.CertificateRevocationList) -> int:

@@ -85,8 +85,14 @@ class RevocationFile:
             required: The file was configured, so it has to be there.
 
         Raises:
-            UserError: It is not there, or cannot be used and no list of before is known.
+            UserError: It is not there, or cannot be used and no list of before is known; or the list that was kept is
+                damaged: only that one says that the file is not older, which would bring withdrawn certificates back.
         """
+        if self._kept.damaged:
+            raise UserError(
+                f"the revocation list that was kept cannot be used: {self._kept.problem}. Put the newest list of the CA"
+                " there, and where this coordinator reads it, then start again: else an older one could take effect"
+            )
         if self._kept.problem:
             log.warning("the revocation list that was kept is left aside", detail=self._kept.problem)
         try:
