@@ -21,7 +21,7 @@ from maskwork.audit.lines import Entry, decode_line
 from maskwork.audit.log import read_lines
 from maskwork.audit.reading import judge
 from maskwork.audit.records import HeadKept, HistoryRefused, Operator, PlanDeclined
-from maskwork.audit_client import fetch
+from maskwork.audit_client import fetch, last_record_at
 from maskwork.errors import UserError
 from maskwork.net.identity import Role
 
@@ -118,6 +118,30 @@ async def test_fetching_again_goes_on_where_the_file_ends(world: World, tmp_path
     out.write_bytes(whole + b"x" * (1 << 20))
     with pytest.raises(UserError, match="the coordinator's log is shorter"):
         await fetched(world, out)
+
+
+async def test_nothing_is_appended_to_what_is_no_log_of_this_coordinator(world: World, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole.log", tmp_path / "coordinator.log"
+    await fetched(world, whole)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    another = lines[4].replace(b'"head":"', b'"head":"0', 1)
+    for there in (b"".join(lines[:4]) + another, b"a note\n", b"a note", site_log(world, "site-a").read_bytes()[:2000]):
+        out.write_bytes(there)
+        with pytest.raises(UserError, match=f"{out} is not a log of the coordinator at {world.address}"):
+            await fetched(world, out)
+        assert out.read_bytes() == there
+    out.write_bytes(b"".join(lines[:5]) + lines[5][:70])  # a fetch that broke off
+    assert (await fetched(world, out))[0] == out.read_bytes().index(lines[5]) + 70
+    assert out.read_bytes().startswith(whole.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("lines", "at"),
+    [(b"", 0), (b"a", 0), (b"a\n", 0), (b"a\nb", 0), (b"a\nbc\n", 2), (b"a\nbc\nd", 2), (b"\n\n", 1)],
+)
+async def test_a_log_is_gone_on_with_from_its_last_whole_record(lines: bytes, at: int, tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(lines)
+    assert last_record_at(tmp_path / "log") == at
 
 
 @pytest.mark.parametrize("role", [Role.PARTICIPANT, Role.RESEARCHER, Role.COORDINATOR])
