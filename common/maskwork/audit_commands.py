@@ -23,7 +23,7 @@ from maskwork.audit.reading import Judged, judge
 from maskwork.audit.report import Outcome, job_report
 from maskwork.audit.report_page import page
 from maskwork.errors import UserError
-from maskwork.net.identity import IdentityFiles, TrustRoots
+from maskwork.net.identity import ROOTS_EXPECTED, IdentityFiles, TrustRoots
 from maskwork.net.names import utc_text
 
 app = typer.Typer(
@@ -70,7 +70,7 @@ def verify(
     One log alone cannot show that records were cut off at its end, nor that its owner wrote the whole history anew and
     signed it again: --against compares it with what sites were shown and kept.
     """
-    judged = judge(log, TrustRoots.from_file(ca), against or ())
+    judged = judge(log, TrustRoots.from_file(ca, expected=ROOTS_EXPECTED), against or ())
     if as_json:
         typer.echo(json.dumps(_as_json(judged), indent=2))
     else:
@@ -116,7 +116,7 @@ def report(
 
     Who took part, what left each site, under which parameters, which model came out, and how each claim is checked.
     """
-    judged = judge(log, TrustRoots.from_file(ca), site_log or ())
+    judged = judge(log, TrustRoots.from_file(ca, expected=ROOTS_EXPECTED), site_log or ())
     made = job_report(judged, job, now=time.time())
     out.write_text(page(made), encoding="utf-8")
     if as_json is not None:

@@ -26,7 +26,7 @@ from maskwork.model_signature import (
     verify_signed,
 )
 from maskwork.net.authority import CA_CERTIFICATE_FILE
-from maskwork.net.identity import TrustRoots
+from maskwork.net.identity import ROOTS_EXPECTED, TrustRoots
 from maskwork.net.names import utc_text
 from maskwork.tensors import model_digest
 
@@ -127,7 +127,7 @@ def check_audit(verified: Verified, committed: CommittedModels, *, log: Path) ->
 
 
 def _roots(ca: Path) -> TrustRoots:
-    return TrustRoots.from_file(ca / CA_CERTIFICATE_FILE if ca.is_dir() else ca)
+    return TrustRoots.from_file(ca / CA_CERTIFICATE_FILE if ca.is_dir() else ca, expected=ROOTS_EXPECTED)
 
 
 def _moment(unix_s: float) -> str:

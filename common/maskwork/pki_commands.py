@@ -17,9 +17,17 @@ from rich.console import Console
 from rich.text import Text
 
 from maskwork import pki_enrol_commands, pki_request_commands
-from maskwork.net.authority import CA_CERTIFICATE_FILE, CA_DAYS, CA_KEY_FILE, LEAF_DAYS, Authority, refuse_existing
+from maskwork.net.authority import (
+    CA_CERTIFICATE_FILE,
+    CA_DAYS,
+    CA_KEY_FILE,
+    LEAF_DAYS,
+    Authority,
+    refuse_existing,
+)
 from maskwork.net.diagnosis import check_own_files
 from maskwork.net.identity import (
+    ROOTS_EXPECTED,
     IdentityError,
     IdentityFiles,
     IdentityProblem,
@@ -215,7 +223,7 @@ def _mode_rows(path: Path) -> list[tuple[str, str]]:
 
 
 def _roots(ca: Path) -> TrustRoots:
-    return TrustRoots.from_file(ca / CA_CERTIFICATE_FILE if ca.is_dir() else ca)
+    return TrustRoots.from_file(ca / CA_CERTIFICATE_FILE if ca.is_dir() else ca, expected=ROOTS_EXPECTED)
 
 
 def _is_ca(certificate: x509.Certificate) -> bool:

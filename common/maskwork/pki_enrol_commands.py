@@ -121,6 +121,10 @@ def given_token(text: str, file: Path | None) -> Token:
             text = file.read_bytes()[: 2 * MAX_TOKEN].decode()
         except UnicodeDecodeError:
             text = ""
+        except OSError as error:
+            raise UserError(
+                f"{file} cannot be read ({error.strerror}): expected the token that `maskwork pki token` made"
+            ) from None
     if not text:
         raise UserError(f"give the enrolment token, in --token-file, in {TOKEN_VARIABLE} or with --token")
     return Token.parse(text)

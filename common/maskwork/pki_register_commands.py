@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from maskwork.errors import UserError
-from maskwork.net.authority import CA_CERTIFICATE_FILE, ROOTS_FILE, Authority
+from maskwork.net.authority import CA_CERTIFICATE_FILE, CA_EXPECTED, ROOTS_FILE, Authority
 from maskwork.net.identity import Role, TrustRoots, fingerprint, to_der
 from maskwork.net.names import shortened, utc_text
 from maskwork.net.register import IssuedCertificate, Register
@@ -253,7 +253,7 @@ def _serial(text: str) -> bytes:
 
 def _roots(ca: Path) -> TrustRoots:
     both = ca / ROOTS_FILE
-    return TrustRoots.from_file(both if both.exists() else ca / CA_CERTIFICATE_FILE)
+    return TrustRoots.from_file(both if both.exists() else ca / CA_CERTIFICATE_FILE, expected=CA_EXPECTED)
 
 
 def _moment(unix_s: float) -> str:

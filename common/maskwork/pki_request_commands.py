@@ -86,7 +86,11 @@ def sign(
     check_may_sign(ca)
     if out.exists() and not force:
         raise AuthorityError(f"{out} already there, nothing signed: choose another file, or replace with --force")
-    asked = read_request(read_identity_file(request_file), federation=authority.federation, source=str(request_file))
+    asked = read_request(
+        read_identity_file(request_file, expected="expected the request.pem that `maskwork pki request` wrote"),
+        federation=authority.federation,
+        source=str(request_file),
+    )
     typer.echo(f"{asked.identity.uri} asks for a certificate")
     typer.echo(f"  key    {fingerprint_text(asked.key_fingerprint)}")
     typer.echo(f"  hosts  {', '.join(asked.hosts) or 'none: it only dials out'}")
@@ -110,7 +114,7 @@ def install(
     """Put a signed certificate beside its key; a service that uses the directory takes it up by itself."""
     refuse_existing(into, overwrite=force)
     new = check_new(
-        read_identity_file(certificate),
+        read_identity_file(certificate, expected="expected what `maskwork pki sign` wrote"),
         into,
         now=time.time(),
         known=frozenset(map(parse_fingerprint, ca_fingerprint or ())),

@@ -39,6 +39,8 @@ MAX_FILE_BYTES: Final = 4 << 20
 """Longest file that is read: a job that names 20,000 sites takes less than half of it."""
 MAX_PROBLEMS_TOLD: Final = 8
 MAX_KEY_SHOWN: Final = 80
+_OF_PYDANTIC: Final = "Value error, "
+"""What pydantic puts before the text of a check of ours."""
 
 
 class Section(BaseModel):
@@ -98,7 +100,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             )
             parts.append(f"{where}: no such key" + (f"; did you mean {near[0]}?" if near else ""))
         else:
-            parts.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}")  # pydantic's word for ours
+            parts.append(f"{where}: {problem['msg'].removeprefix(_OF_PYDANTIC)}")
     if len(problems) > MAX_PROBLEMS_TOLD:
         parts.append(f"and {len(problems) - MAX_PROBLEMS_TOLD} more")
     return "; ".join(parts)

@@ -145,6 +145,24 @@ def test_a_renewed_identity_replaces_only_when_told_and_trusts_the_ca_that_it_ha
     assert pki("show", "@site", "--ca", "@ca")[0] == 0
 
 
+def test_a_file_that_is_not_there_is_answered_with_what_was_expected(pki: Shell) -> None:
+    assert pki(*REQUEST)[0] == 0
+    assert pki(*SIGN)[0] == 0
+    fingerprint_there = ("--ca-fingerprint", ca_fingerprint(pki.home))
+    enrol = ("enrol", "--coordinator", "localhost:1", "--out", "@o", *fingerprint_there)
+    for arguments, expected in (
+        (("sign", "@nofile", *SIGN[2:5], "@x.pem"), "request.pem that `maskwork pki request` wrote"),
+        (("install", "--certificate", "@nofile", "--into", "@site"), "expected what `maskwork pki sign` wrote"),
+        ((*INSTALL[:4], "@elsewhere", *fingerprint_there), "begin there with `maskwork pki request`"),
+        ((*SIGN[:3], "@site", *SIGN[4:], "--force"), "directory of a CA, which `maskwork pki init` makes"),
+        (("list", "--ca", "@nodirectory"), "directory of a CA, which `maskwork pki init` makes"),
+        (("show", "@ca", "--ca", "@nofile"), "expected the federation's ca.pem"),
+        ((*enrol, "--token-file", "@nofile"), "expected the token that `maskwork pki token` made"),
+    ):
+        code, said = pki(*arguments)
+        assert (code, expected in said, "pki issue" in said) == (1, True, False), said
+
+
 def test_a_request_under_way_is_not_thrown_away_in_passing(pki: Shell) -> None:
     assert pki(*REQUEST)[0] == 0
     key = (pki.home / "site" / "request-key.pem").read_bytes()

@@ -397,6 +397,7 @@ def test_a_mistake_in_a_policy_is_told_by_key(tmp_path: Path, text: str, says: s
     with pytest.raises(UserError, match=says) as caught:
         read_policy(path)
     assert str(caught.value).startswith(f"{path}: ")
+    assert "Value error" not in str(caught.value)
 
 
 SITE = 'coordinator = "localhost:1"\nidentity = "id"\nstate = "s"\n[tasks.digits]\nuse = "m:T"\n'

@@ -45,6 +45,7 @@ LEAF_DAYS: Final = 365
 """Validity of a member's certificate unless another is asked for."""
 CA_CERTIFICATE_FILE: Final = "ca.pem"
 CA_KEY_FILE: Final = "ca-key.pem"
+CA_EXPECTED: Final = "expected in the directory of a CA, which `maskwork pki init` makes"
 ROOTS_FILE: Final = "roots.pem"
 """Beside the key while a CA is replaced: both CA certificates, which members then get as their ``ca.pem``."""
 
@@ -144,9 +145,9 @@ class Authority:
             AuthorityError: When the key is not the CA's, or the CA's subject names no federation.
         """
         cert_path, key_path = directory / CA_CERTIFICATE_FILE, directory / CA_KEY_FILE
-        certificate = load_certificate(cert_path)
+        certificate = load_certificate(cert_path, expected=CA_EXPECTED)
         TrustRoots([certificate], source=str(cert_path))
-        key_pem = read_key_file(key_path)
+        key_pem = read_key_file(key_path, expected=CA_EXPECTED)
         try:
             key = load_pem_private_key(key_pem, password=None)
         except (ValueError, TypeError):

@@ -37,7 +37,9 @@ from maskwork.net.whole_files import OpenToOthers, read_private
 
 __all__ = [
     "FINGERPRINT_BYTES",
+    "FROM_ISSUE",
     "MAX_CERTIFICATE_BYTES",
+    "ROOTS_EXPECTED",
     "Identity",
     "IdentityError",
     "IdentityFiles",
@@ -59,6 +61,9 @@ __all__ = [
 MAX_CERTIFICATE_BYTES: Final = 8192
 """Longest DER certificate that is looked at; ours are about 600 bytes."""
 FINGERPRINT_BYTES: Final = 32
+FROM_ISSUE: Final = "identity files come from `maskwork pki issue`"
+"""What is said of a file that cannot be read, where nothing better is known."""
+ROOTS_EXPECTED: Final = "expected the federation's ca.pem: its keeper has it"
 
 _P256_ORDER: Final = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 _UNDERSTOOD_EXTENSIONS: Final = frozenset(
@@ -143,13 +148,13 @@ class TrustRoots:
         )
 
     @classmethod
-    def from_file(cls, path: Path) -> "TrustRoots":
-        """Read the PEM file at `path`.
+    def from_file(cls, path: Path, *, expected: str = FROM_ISSUE) -> "TrustRoots":
+        """Read the PEM file at `path`; `expected` as in `read_identity_file`.
 
         Raises:
             IdentityError: As `from_pem`, and `UNREADABLE` when the file cannot be read.
         """
-        return cls.from_pem(read_identity_file(path), source=str(path))
+        return cls.from_pem(read_identity_file(path, expected=expected), source=str(path))
 
     def issuer_of(self, certificate: x509.Certificate) -> x509.Certificate | None:
         """The root whose signature `certificate` carries, or None."""
@@ -336,22 +341,27 @@ def serial_bytes(certificate: x509.Certificate) -> bytes:
     return certificate.serial_number.to_bytes(20, "big")
 
 
-def load_certificate(path: Path) -> x509.Certificate:
-    """Read the single PEM certificate at `path`, without judging it.
+def load_certificate(path: Path, *, expected: str = FROM_ISSUE) -> x509.Certificate:
+    """Read the single PEM certificate at `path`, without judging it; `expected` as in `read_identity_file`.
 
     Raises:
         IdentityError: `UNREADABLE` or `MALFORMED`.
     """
     certificates = _certificates_in(
-        read_identity_file(path), f"{path} is not a PEM certificate: expected the cert.pem of `maskwork pki issue`"
+        read_identity_file(path, expected=expected),
+        f"{path} is not a PEM certificate: expected the cert.pem of `maskwork pki issue`",
     )
     if len(certificates) != 1:
         raise malformed(f"{path} holds {len(certificates)} certificates where one is needed: keep the CA in ca.pem")
     return certificates[0]
 
 
-def read_identity_file(path: Path) -> bytes:
-    """Read a file that belongs to an identity.
+def read_identity_file(path: Path, *, expected: str = FROM_ISSUE) -> bytes:
+    """Read a file that belongs to an identity, or leads to one.
+
+    Args:
+        path: What is read.
+        expected: What it should be and where it comes from, for whoever named another file by mistake.
 
     Raises:
         IdentityError: `UNREADABLE`, naming the path and the system's reason.
@@ -359,11 +369,11 @@ def read_identity_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable(path, error, expected) from None
 
 
-def read_key_file(path: Path) -> bytes:
-    """Read a file that holds a private key, if others cannot.
+def read_key_file(path: Path, *, expected: str = FROM_ISSUE) -> bytes:
+    """Read a file that holds a private key, if others cannot; `expected` as in `read_identity_file`.
 
     Raises:
         IdentityError: `UNREADABLE`, naming the path and the system's reason, or that others can read it too.
@@ -373,14 +383,11 @@ def read_key_file(path: Path) -> bytes:
     except OpenToOthers as error:
         raise IdentityError(IdentityProblem.UNREADABLE, str(error)) from None
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable(path, error, expected) from None
 
 
-def _unreadable(path: Path, error: OSError) -> IdentityError:
-    return IdentityError(
-        IdentityProblem.UNREADABLE,
-        f"{path} cannot be read ({error.strerror}): identity files come from `maskwork pki issue`",
-    )
+def _unreadable(path: Path, error: OSError, expected: str) -> IdentityError:
+    return IdentityError(IdentityProblem.UNREADABLE, f"{path} cannot be read ({error.strerror}): {expected}")
 
 
 def to_der(certificate: x509.Certificate) -> bytes:

@@ -185,13 +185,19 @@ def check_new(
         source: Where `pem` came from, for error texts.
 
     Raises:
-        InstallError: It is no certificate, or not for the key or the name that it was asked for.
+        InstallError: Nothing was asked for; or it is no certificate, or not for the key or the name asked for.
         IdentityError: It is not a good certificate of those CAs.
     """
+    own = RequestFiles.in_directory(directory)
+    if not own.key.exists():
+        raise InstallError(
+            f"{own.key} does not exist, so no certificate was asked for from {directory}: begin there with "
+            "`maskwork pki request`, and have that request signed"
+        )
     certificates = certificates_in(pem, source)
     roots = _roots(certificates[1:], directory, known, source)
     verified = roots.verify(to_der(certificates[0]), now=now)
-    key = load_private_key(RequestFiles.in_directory(directory).key)
+    key = load_private_key(own.key)
     if key.public_key() != verified.public_key:
         raise InstallError(
             f"{source} is for another key than {directory / REQUEST_KEY_FILE}: it answers another request; "

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from maskwork.errors import UserError
-from maskwork.net.authority import CA_CERTIFICATE_FILE, ROOTS_FILE, Authority
+from maskwork.net.authority import CA_CERTIFICATE_FILE, CA_EXPECTED, ROOTS_FILE, Authority
 from maskwork.net.identity import TrustRoots, load_certificate
 from maskwork.net.register import PREDECESSOR_FILE, SUCCESSOR_FILE, Register, check_may_sign
 from maskwork.net.revocation import FLAGS, LIST_FILE, NO_LIST, Reason, Revocation, RevocationError, RevocationList
@@ -119,7 +119,7 @@ def take_over(authority: Authority, old: Path, new: Path, *, now: float, days: i
     waits = new / PREDECESSOR_FILE
     if not waits.exists():
         raise RevokingError(f"the CA in {new} does not wait to take over: it has done so, or replaces none")
-    if load_certificate(old / CA_CERTIFICATE_FILE) != load_certificate(waits):
+    if load_certificate(old / CA_CERTIFICATE_FILE, expected=CA_EXPECTED) != load_certificate(waits):
         raise RevokingError(f"the CA in {old} is not the one that the CA in {new} was made to replace")
     with _alone(old):  # a list that the old CA made meanwhile would be lost
         has = old / SUCCESSOR_FILE
