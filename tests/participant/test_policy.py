@@ -133,12 +133,16 @@ def test_each_rule_admits_what_is_just_within_it(policy: Policy, proposed: Round
     assert decide(policy, proposed) == ()
 
 
-@pytest.mark.parametrize("pattern", ["digits-0badcafe", "digits", "dig*", "digits-*", "*"])
+@pytest.mark.parametrize(
+    "pattern", ["digits-0badcafe", "digits", "dig*", "digits-*", "*", "digit?", "d[ij]gits", "[!x]*"]
+)
 def test_a_job_is_allowed_by_its_id_its_name_or_a_pattern(pattern: str) -> None:
     assert decide(Policy(min_weight_cap=1, jobs=("x", pattern)), plan(job="digits-0badcafe")) == ()
 
 
-@pytest.mark.parametrize("pattern", ["digit", "igits", "Digits", "digits-0badcaf", "x*", "0badcafe"])
+@pytest.mark.parametrize(
+    "pattern", ["digit", "igits", "Digits", "digits-0badcaf", "x*", "0badcafe", "digits?", "[!d]*"]
+)
 def test_a_job_of_another_name_is_not(pattern: str) -> None:
     (refusal,) = decide(Policy(min_weight_cap=1, jobs=(pattern,)), plan(job="digits-0badcafe"))
     assert refusal.detail == "job digits-0badcafe is not among those allowed"
@@ -379,6 +383,8 @@ def test_a_policy_file_is_read(tmp_path: Path) -> None:
         ("min_clip_norm = 2000.0\n", "min_clip_norm is above max_clip_norm"),
         ("min_value_bits = 25\n", "min_value_bits is above max_value_bits"),
         ("max_weight = 100\n", "min_weight_cap is above max_weight"),
+        ('jobs = ["digits", ""]\n', "jobs.1: an empty text is the name of nothing"),
+        ('tasks = [""]\n', "tasks.0: an empty text is the name of nothing"),
         ("max_participation = 0\n", "max_participation: "),
         ("max_participation = 1.1\n", "max_participation: "),
         ("max_participation = 0.009\n", "below one round in a participation_window"),

@@ -43,6 +43,13 @@ def _checked_name(name: str) -> str:
     return name
 
 
+def _checked_pattern(pattern: str) -> str:
+    if not pattern:
+        raise ValueError("an empty text is the name of nothing: leave the key out to allow all, or remove the text")
+    return pattern
+
+
+Patterns = tuple[Annotated[str, AfterValidator(_checked_pattern)], ...]
 Names = tuple[Annotated[str, AfterValidator(_checked_name)], ...]
 SecureAggregation = Annotated[Literal["required"], BeforeValidator(_only_required)]
 
@@ -51,8 +58,9 @@ class Policy(Section):
     """A site's rules.
 
     Attributes:
-        jobs: jobs that this site takes part in, by name, by id, or by a pattern with `*`; empty: every job.
-        tasks: tasks that jobs may use here, by name or pattern; empty: every configured one.
+        jobs: jobs that this site takes part in, by name, by id, or by a pattern with `*`, `?` or `[...]`; empty: every
+            job.
+        tasks: tasks that jobs may use here, by name or such a pattern; empty: every configured one.
         secure_aggregation: "required", and no other value: there is no path on which an update is not masked.
         max_rounds: most rounds of a job.
         min_cohort: fewest members of a roster.
@@ -87,8 +95,8 @@ class Policy(Section):
         max_delta: not yet enforceable; a policy that sets it is refused.
     """
 
-    jobs: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ()
+    jobs: Patterns = ()
+    tasks: Patterns = ()
     secure_aggregation: SecureAggregation = "required"
     max_rounds: int = Field(default=1000, ge=1)
     min_cohort: int = Field(default=3, ge=3)
