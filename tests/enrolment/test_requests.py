@@ -15,6 +15,7 @@ from maskwork.net.identity import Identity, IdentityFiles, Role, fingerprint, to
 from maskwork.net.installing import RequestFiles, check_new, fingerprint_text, known_roots, parse_fingerprint
 from maskwork.net.register import Register
 from maskwork.net.requests import RequestError, key_fingerprint, new_request, read_request, sign_request
+from maskwork.net.whole_files import write_whole
 
 NOW = 1_800_000_000.0
 AUTHORITY = Authority.create("ward", now=NOW)
@@ -219,6 +220,41 @@ def test_a_coordinators_host_names_are_looked_at_too(
         pki("install", "--certificate", "@c.pem", "--into", "@c", "--ca-fingerprint", ca_fingerprint(pki.home))[0] == 0
     )
     assert "hub, 10.0.0.1" in pki("show", "@c")[1]
+
+
+@pytest.mark.parametrize("written", [["ca.pem"], ["ca.pem", "key.pem"], ["ca.pem", "key.pem", "cert.pem"]])
+def test_the_same_command_ends_an_installation_that_was_interrupted(pki: Shell, written: list[str]) -> None:
+    site, install = pki.home / "site", (*INSTALL, "--ca-fingerprint", ca_fingerprint(pki.home))
+    assert pki(*REQUEST)[0] == 0
+    assert pki(*SIGN)[0] == 0
+    request = {name: (site / name).read_bytes() for name in ("request.pem", "request-key.pem")}
+    assert pki(*install)[0] == 0
+    whole = {path.name: path.read_bytes() for path in site.iterdir()}
+    assert pki(*install)[0] == 1  # it is done
+
+    for name in whole.keys() - written:
+        (site / name).unlink()
+    for name, content in request.items():
+        write_whole(site / name, content, private="key" in name)
+    code, said = pki(*install)
+    assert code == 0, said
+    assert {path.name: path.read_bytes() for path in site.iterdir()} == whole
+
+
+@pytest.mark.parametrize("name", ["ca.pem", "key.pem", "cert.pem"])
+def test_what_is_not_of_this_installation_is_replaced_only_when_told(pki: Shell, name: str) -> None:
+    site, install = pki.home / "site", (*INSTALL, "--ca-fingerprint", ca_fingerprint(pki.home))
+    assert pki("init", "--federation", "ward", "--out", "@other")[0] == 0
+    assert pki("issue", "participant", "site-a", "--ca", "@other", "--out", "@before")[0] == 0
+    assert pki(*REQUEST)[0] == 0
+    assert pki(*SIGN)[0] == 0
+    precious = (pki.home / "before" / name).read_bytes()
+    write_whole(site / name, precious, private=name == "key.pem")
+    code, said = pki(*install)
+    assert (code, f"{site / name} already there" in said) == (1, True), said
+    assert (site / name).read_bytes() == precious
+    assert sorted(path.name for path in site.iterdir()) == sorted([name, "request-key.pem", "request.pem"])
+    assert pki(*install, "--force")[0] == 0
 
 
 def test_a_certificate_of_a_ca_with_another_fingerprint_is_not_installed(pki: Shell) -> None:

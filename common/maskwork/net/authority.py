@@ -68,7 +68,20 @@ def refuse_existing(files: IdentityFiles, *, overwrite: bool) -> None:
     Raises:
         AuthorityError: When one of the files exists and `overwrite` is not set.
     """
-    _refuse_existing((files.key, files.cert, files.ca), overwrite=overwrite)
+    refuse_existing_files((files.key, files.cert, files.ca), overwrite=overwrite)
+
+
+def refuse_existing_files(paths: Iterable[Path], *, overwrite: bool) -> None:
+    """Raise if one of `paths` is there and may not be replaced.
+
+    Raises:
+        AuthorityError: When one exists and `overwrite` is not set.
+    """
+    existing = [str(path) for path in paths if path.exists() or path.is_symlink()]
+    if existing and not overwrite:
+        raise AuthorityError(
+            f"{', '.join(existing)} already there, nothing written: choose another directory, or replace with --force"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,17 +349,9 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def _write_all(contents: Mapping[Path, bytes], *, overwrite: bool) -> None:
     """Write files so that each is there whole or not at all; keys come first, so a certificate never lacks one."""
-    _refuse_existing(contents, overwrite=overwrite)
+    refuse_existing_files(contents, overwrite=overwrite)
     for path, content in contents.items():
         try:
             write_whole(path, content, private=b"PRIVATE KEY" in content)
         except OSError as error:
             raise AuthorityError(f"{path} cannot be written ({error.strerror})") from None
-
-
-def _refuse_existing(paths: Iterable[Path], *, overwrite: bool) -> None:
-    existing = [str(path) for path in paths if path.exists() or path.is_symlink()]
-    if existing and not overwrite:
-        raise AuthorityError(
-            f"{', '.join(existing)} already there, nothing written: choose another directory, or replace with --force"
-        )

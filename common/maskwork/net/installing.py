@@ -141,28 +141,44 @@ class NewIdentity:
     def write(self, directory: Path, *, overwrite: bool) -> IdentityFiles:
         """Write ``key.pem``, ``cert.pem`` and ``ca.pem``, then drop the request.
 
-        A power cut between two of them leaves the request: the same command puts everything right.
+        A power cut between two of them leaves the request: the same command puts everything right, since a file that
+        holds already what is to be written is not in the way.
 
         Raises:
-            AuthorityError: One exists and `overwrite` is not set.
+            AuthorityError: One exists with something else in it and `overwrite` is not set.
             InstallError: One cannot be written.
         """
-        refuse_existing(directory, overwrite=overwrite)
         files = IdentityFiles.in_directory(directory)
         cert = x509.load_der_x509_certificate(self.certificate.der).public_bytes(Encoding.PEM)
         ca = b"".join(root.public_bytes(Encoding.PEM) for root in self.roots.certificates)
-        _write({files.ca: ca, files.key: self.key_pem, files.cert: cert})
+        contents = {files.ca: ca, files.key: self.key_pem, files.cert: cert}
+        others = [path for path, content in contents.items() if not _holds(path, content)]
+        authority.refuse_existing_files(others, overwrite=overwrite)
+        _write(contents)
         RequestFiles.in_directory(directory).discard()
         return files
 
 
 def refuse_existing(directory: Path, *, overwrite: bool) -> None:
-    """Raise if an identity is there already and may not be replaced.
+    """Raise if an identity is there already and may not be replaced; the beginning of the one asked for may.
 
     Raises:
         AuthorityError: It is.
     """
-    authority.refuse_existing(IdentityFiles.in_directory(directory), overwrite=overwrite)
+    files, request = IdentityFiles.in_directory(directory), RequestFiles.in_directory(directory)
+    if not _was_interrupted(files, request):
+        authority.refuse_existing(files, overwrite=overwrite)
+
+
+def _was_interrupted(files: IdentityFiles, request: RequestFiles) -> bool:
+    """Whether what is there can be the beginning of an installation: `NewIdentity.write` looks at it once more."""
+    if not files.key.exists():  # which comes before the certificate
+        return request.key.exists() and not files.cert.exists()
+    return request.key.exists() and _holds(files.key, request.key.read_bytes())
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and not path.is_symlink() and path.read_bytes() == content
 
 
 def check_new(
