@@ -29,7 +29,7 @@ from maskwork.coordinator.audit_store import AuditedStore
 from maskwork.coordinator.driver import Driver as CoordinatorDriver
 from maskwork.coordinator.job_runner import Federation
 from maskwork.coordinator.models import ModelStore
-from maskwork.participant.audit import LOG_NAME, SiteTrail, is_held
+from maskwork.participant.audit import LOG_NAME, SiteTrail, is_held, lacking
 from maskwork.participant.config import TaskConfig
 from maskwork.participant.driver import Driver as SiteDriver
 from maskwork.participant.ledger import Ledger
@@ -314,6 +314,9 @@ class SiteProcess:
         )
         must_hold = is_held(self.trail, self.ledger.last_audit_head(FEDERATION))
         assert must_hold, "the site's log does not hold the head that its ledger knows"
+        known = self.ledger
+        missing = lacking(self.trail, taken_up=known.sessions_taken_up(), released=known.sessions_released())
+        assert not missing, f"the site's ledger lacks {missing}"
         self.worker = SimulatedWorker(
             lambda function, arguments: self.observer.train(name, kept, function, arguments), self.fuse
         )

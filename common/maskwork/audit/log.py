@@ -126,6 +126,10 @@ class AuditLog:
         """Whether there is a record with this key."""
         return key in self._keys
 
+    def keys(self, kind: str) -> frozenset[tuple[str, ...]]:
+        """The keys of every record of a kind."""
+        return frozenset(key for key in self._keys if key[0] == kind)
+
     def digests(self, since: int, until: int) -> bytes:
         """The digests of records `since` to `until` - 1, one after the other."""
         return bytes(self._digests[since * DIGEST_BYTES : until * DIGEST_BYTES])

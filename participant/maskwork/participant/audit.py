@@ -13,7 +13,7 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -356,6 +356,27 @@ class SiteTrail:
 def is_held(trail: SiteTrail, head: bytes | None) -> bool:
     """Whether a head that the ledger holds is one that the log knows of; a log that was cut or replaced does not."""
     return head is None or head in trail.known.heads.values()
+
+
+def lacking(trail: SiteTrail, *, taken_up: Collection[bytes], released: Collection[bytes]) -> str:
+    """What the log says is in the ledger, and is not; empty if nothing is.
+
+    Each goes into the ledger first, so no kill leaves the log ahead: a ledger that lacks one was lost or replaced.
+
+    Args:
+        trail: the log.
+        taken_up: the sessions whose plans the ledger has.
+        released: the sessions whose survivor sets the ledger has.
+    """
+    parts = []
+    for kind, what, known in (
+        (Plan.KIND, "plans taken up", taken_up),
+        (Released.KIND, "survivor sets answered for", released),
+    ):
+        told = {bytes.fromhex(key[1]) for key in trail.log.keys(kind)}
+        if missing := told.difference(known):
+            parts.append(f"{len(missing)} of {len(told)} {what}")
+    return " and ".join(parts)
 
 
 def _certificate(der: bytes) -> Certificate:

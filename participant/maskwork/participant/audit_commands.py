@@ -15,19 +15,19 @@ import typer
 from maskwork.errors import StoreError, UserError
 from maskwork.net.diagnosis import check_own_files, load_private_key
 from maskwork.net.identity import IdentityFiles, Role, VerifiedCertificate
-from maskwork.participant.audit import LOG_NAME, SiteTrail, is_held
+from maskwork.participant.audit import LOG_NAME, SiteTrail, is_held, lacking
 from maskwork.participant.config import ParticipantConfig, read_config
-from maskwork.participant.ledger import Ledger
+from maskwork.participant.ledger import DATABASE_NAME, Ledger
 from maskwork.secagg.keys import SoftwareSigner
 
 
 def open_trail(config: ParticipantConfig, ledger: Ledger) -> SiteTrail:
-    """The site's audit log, which must hold the head that the ledger says was kept last.
+    """The site's audit log, which must hold the head that the ledger says was kept last, and tell nothing it lacks.
 
     Raises:
-        UserError: identity files or the log are not usable; the log was cut off or replaced.
+        UserError: identity files or the log are not usable; the log or the ledger was cut off, lost or replaced.
     """
-    own, trail = _open(config)
+    own, trail = _open(config, ledger)
     if not is_held(trail, ledger.last_audit_head(own.identity.federation)):
         trail.close()
         raise StoreError(
@@ -58,7 +58,7 @@ def accept_history(
     if len(accepted) != 32:
         raise UserError(f"--head {head[:80]} is not a head: 64 hexadecimal digits, as this site's log says them")
     with Ledger.open(settings.state) as ledger:
-        own, trail = _open(settings)
+        own, trail = _open(settings, ledger)
         with closing(trail):
             before = trail.known.kept
             trail.accept_history(size, accepted, reason)
@@ -67,9 +67,27 @@ def accept_history(
     typer.echo(f"accepted:       {accepted.hex()} of {size} records")
 
 
-def _open(config: ParticipantConfig) -> tuple[VerifiedCertificate, SiteTrail]:
+def _open(config: ParticipantConfig, ledger: Ledger) -> tuple[VerifiedCertificate, SiteTrail]:
     files = IdentityFiles.in_directory(config.identity)
     own = check_own_files(files, now=time.time(), role=Role.PARTICIPANT)
     signer = SoftwareSigner(load_private_key(files.key))
     path, federation = config.state / LOG_NAME, own.identity.federation
-    return own, SiteTrail.open(path, federation=federation, certificate=own.der, signer=signer)
+    trail = SiteTrail.open(path, federation=federation, certificate=own.der, signer=signer)
+    try:
+        _check_ledger(config, ledger, trail)
+    except BaseException:
+        trail.close()
+        raise
+    return own, trail
+
+
+def _check_ledger(config: ParticipantConfig, ledger: Ledger, trail: SiteTrail) -> None:
+    """Refuse a ledger that is not the one this log belongs to: it would answer a second time on the same model."""
+    missing = lacking(trail, taken_up=ledger.sessions_taken_up(), released=ledger.sessions_released())
+    if missing:
+        raise StoreError(
+            f"lacks {missing} that {LOG_NAME} beside it tells of: it was lost, or another or older one is in its place",
+            file=config.state / DATABASE_NAME,
+            remedy=f"Restore it from a backup that has them. If it is lost for good, move {LOG_NAME} away too, and "
+            "keep it for auditors: this site then begins anew, and knows nothing of what it released until then.",
+        )

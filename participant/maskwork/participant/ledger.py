@@ -158,6 +158,11 @@ class Ledger:
         with self._reading() as session:
             return frozenset(session.scalars(query))
 
+    def sessions_taken_up(self) -> frozenset[bytes]:
+        """The sessions of every attempt taken up, in any federation."""
+        with self._reading() as session:
+            return frozenset(session.scalars(select(tables.Attempt.session_id)))
+
     def record_attempt(
         self,
         federation: str,
@@ -324,6 +329,11 @@ class Ledger:
         )
         with self._reading() as session:
             return tuple(dict.fromkeys(_survivors(row) for row in session.scalars(query)))
+
+    def sessions_released(self) -> frozenset[bytes]:
+        """The sessions of every survivor set released, in any federation."""
+        with self._reading() as session:
+            return frozenset(session.scalars(select(tables.Release.session_id)))
 
     # Marks
 
