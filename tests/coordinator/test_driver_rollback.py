@@ -114,6 +114,10 @@ async def test_a_damaged_newest_model_rolls_back_to_the_round_before_and_the_job
         (taken,) = restarted.store.rolled_back_rounds("job-1")
         assert taken.committed.survivors == THREE
         assert taken.reason.startswith("round 2 rolled back to the model of round 1, the newest that is intact: ")
+        assert f": model {taken.committed.model.hex()} is " in taken.reason
+        assert str(tmp_path) not in taken.reason, (
+            "where the coordinator keeps its models is not a researcher's business"
+        )
         assert (taken.reason.endswith("is missing"), "SHA-256" in taken.reason) == (how == "missing", how == "damaged")
 
 
@@ -168,10 +172,13 @@ async def test_when_no_model_is_intact_the_job_fails_and_says_what_is_possible(t
     stopped, _ = await run_until(tmp_path, 1, rounds=3)
     for number in (0, 1):
         break_file(stopped, model_after(stopped, number), "damaged")
+    newest = model_after(stopped, 1).hex()
     async with federation(tmp_path) as (restarted, _):
         record = await restarted.until_ended()
         assert record.state is JobState.FAILED
         assert record.reason.startswith("no model of this job is intact, from the initial one to the newest: ")
+        assert f"model {newest} is damaged" in record.reason
+        assert str(tmp_path) not in record.reason
         assert "Submit another job whose `model` is an export of yours" in record.reason
         assert rounds_of(restarted) == [1]  # nothing was taken back: the record is as it was
 

@@ -467,6 +467,21 @@ def test_a_rolled_back_round_stays_on_record_and_its_number_is_not_used_again(ru
     refuses(running, "the next is round 3, attempt 2", lambda: running.open_attempt(new_attempt(2, 2)))
 
 
+def test_once_a_round_commits_on_top_a_rollback_is_history_and_not_how_the_job_stands(running: Store) -> None:
+    commit(running, new_attempt(1))
+    running.roll_back("j1", to_round=0, reason="the disk ate it")
+    running.open_attempt(new_attempt(2))
+    running.close_attempt(new_attempt(2).session_id, AttemptOutcome.ABORTED, "too few")
+    job = running.job("j1")
+    assert job is not None
+    assert job.reason == "the disk ate it", "it still stands on the model that it was rolled back to"
+    commit(running, new_attempt(2, 2))
+    job = running.job("j1")
+    assert job is not None
+    assert (job.state, job.reason) == (JobState.RUNNING, "")
+    assert [a.reason for a in running.attempts("j1") if a.outcome is AttemptOutcome.ROLLED_BACK] == ["the disk ate it"]
+
+
 def test_a_job_completes_when_as_many_rounds_stand_as_were_asked_for(running: Store) -> None:
     commit(running, new_attempt(1))
     commit(running, new_attempt(2))

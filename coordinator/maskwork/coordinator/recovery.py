@@ -61,7 +61,9 @@ def run_of(record: JobRecord, *, store: Store, models: ModelStore) -> JobRun:
     try:
         schema = read_schema(models.file(record.current_model))
     except ModelFileError as error:
-        raise JobLost(str(error)) from error
+        log.error("a model cannot be read", job=record.job_id, detail=str(error))
+        said = str(error).removeprefix(f"{models.file(record.current_model)}: ")
+        raise JobLost(f"model {record.current_model.hex()}: {said}") from error
     run = JobRun(
         record.job_id,
         spec,
@@ -124,12 +126,15 @@ def _on_an_intact_model(record: JobRecord, store: Store, models: ModelStore) -> 
         recent = bool(before) and before[-1].committed.round_number == record.next_round - 1
         return record, before[-1].reason if recent else ""
     committed = store.rounds(record.job_id)
+    # What becomes the job's reason is for researchers: the model by its digest. Where it lies here is for our log.
+    said = f"model {record.current_model.hex()} {damage.what}"
+    log.error("a model is damaged", job=record.job_id, file=damage.file, detail=damage.what, remedy=damage.remedy)
     if not committed:
-        raise JobLost(f"the initial model is not usable, and no round was committed: {damage}. {_SUBMIT_AGAIN}")
+        raise JobLost(f"the initial model is not usable, and no round was committed: {said}. {_SUBMIT_AGAIN}")
     to_round = _newest_intact(models, [(r.round_number, r.model) for r in committed], record.initial_model)
     if to_round is None:
-        raise JobLost(f"no model of this job is intact, from the initial one to the newest: {damage}. {_SUBMIT_AGAIN}")
-    reason = _told(committed[-1].round_number, to_round, damage)
+        raise JobLost(f"no model of this job is intact, from the initial one to the newest: {said}. {_SUBMIT_AGAIN}")
+    reason = _told(committed[-1].round_number, to_round, said)
     store.roll_back(record.job_id, to_round=to_round, reason=reason)
     log.error("job rolled back", job=record.job_id, to_round=to_round, reason=reason)
     after = store.job(record.job_id)
@@ -150,10 +155,10 @@ def _damage(models: ModelStore, digest: bytes) -> ModelDamaged | None:
     return None
 
 
-def _told(newest: int, to_round: int, damage: ModelDamaged) -> str:
+def _told(newest: int, to_round: int, damage: str) -> str:
     goes_on = f"the model of round {to_round}" if to_round else "the initial model"
     taken = f"round {newest}" if newest == to_round + 1 else f"rounds {to_round + 1} to {newest}"
-    return f"{taken} rolled back to {goes_on}, the newest that is intact: {damage.file} {damage.what}"
+    return f"{taken} rolled back to {goes_on}, the newest that is intact: {damage}"
 
 
 _SUBMIT_AGAIN = (

@@ -294,9 +294,9 @@ class Store:
             job.current_model = committed.model
             job.next_round = committed.round_number + 1
             job.next_attempt = FIRST_ATTEMPT
+            job.reason = ""  # of a rollback: from here on it is history, which its rounds and attempts keep
             if committed.round_number == job.rounds_total + job.rolled_back:
                 job.state = JobState.COMPLETED.value
-                job.reason = ""
             self._close(session, attempt, AttemptOutcome.COMMITTED, "", at=committed.committed_at)
 
     def roll_back(self, job_id: str, *, to_round: int, reason: str) -> None:
