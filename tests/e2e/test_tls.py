@@ -216,6 +216,19 @@ async def test_a_server_with_another_name_is_refused(federation: Federation) -> 
     assert "Hostname mismatch" in reason
     text = tls.explain_connection_failure(site, f"localhost:{port}", now=federation.now, reason=reason)
     assert "not valid for 'localhost'" in text
+    assert "dial a name that is in it ('hub.example.org'), or have it issued with this one too (`--dns NAME`" in text
+
+
+async def test_an_address_that_is_not_in_the_servers_certificate_is_told_with_the_names_that_are(
+    federation: Federation,
+) -> None:
+    site = federation.member()
+    async with serving(federation.coordinator()) as port:
+        reason = await probed(site, port, host="127.0.0.1") or ""
+        assert await probed(site, port) is None
+    assert "not valid for '127.0.0.1'" in reason
+    assert "dial a name that is in it ('localhost'), or have it issued with this one too" in reason
+    assert "`--ip ADDRESS`" in reason
 
 
 async def test_a_server_of_another_ca_is_refused(federation: Federation) -> None:

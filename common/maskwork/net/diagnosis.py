@@ -37,11 +37,13 @@ from maskwork.net.names import shortened, utc_text
 
 PROBE_TIMEOUT_S: Final = 5.0
 _LOOKS_FOR_ALERTS_S: Final = 1.0
+_NAMES_TOLD: Final = 8
 _CLOCKS_DIFFER_S: Final = 300.0
 _ABOUT_TIME: Final = (IdentityProblem.EXPIRED, IdentityProblem.NOT_YET_VALID)
 
 
 _VERIFIED_BY_TIME: Final = (9, 10)  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
+_OF_ANOTHER_NAME: Final = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
 _NOT_OF_THIS_CA: Final = frozenset({18, 19, 20, 21})
 """X509_V_ERR_*: self-signed, or no issuer among those trusted (OpenSSL, `x509_vfy.h`)."""
 
@@ -154,7 +156,9 @@ def explain_connection_failure(
 def probe_server(
     files: IdentityFiles, target: str, *, server_name: str | None = None, timeout_s: float = PROBE_TIMEOUT_S
 ) -> str | None:
-    """Make one TLS handshake with `target` and say what is wrong with it; blocks for at most about `timeout_s`.
+    """Make a TLS handshake with `target` and say what is wrong with it; blocks for at most about `timeout_s`.
+
+    If the certificate is of the CA and for other names, a second handshake asks which.
 
     Args:
         files: One's own identity files.
@@ -180,9 +184,11 @@ def probe_server(
         return str(error)
     except ssl.SSLCertVerificationError as error:
         clock = " (or this machine's clock is wrong)" if error.verify_code in _VERIFIED_BY_TIME else ""
-        refused = f"the server's certificate is refused: {error.verify_message}{clock}"
+        refused = f"the server's certificate is refused: {error.verify_message.rstrip('.')}{clock}"
         if error.verify_code in _NOT_OF_THIS_CA:
             refused += f"; it is not signed by the CA in {files.ca}: one of the two is of another federation"
+        elif error.verify_code in _OF_ANOTHER_NAME:
+            refused += _other_names(where, context, timeout_s)
         return refused
     except ssl.SSLError as error:
         return f"the TLS 1.3 handshake fails: {_tls_reason(error)}"
@@ -192,6 +198,28 @@ def probe_server(
         return f"no answer within {timeout_s:g} s: a firewall, or a server that hangs"
     except OSError as error:
         return f"{(error.strerror or str(error)).lower()}: does the coordinator run, and at this address and port?"
+
+
+def _other_names(where: Target, context: ssl.SSLContext, timeout_s: float) -> str:
+    """What to do about a certificate of our CA that is not for the name dialled, with the names that it is for."""
+    context.check_hostname = False  # the chain is verified as before; nothing is sent over this connection
+    names: list[str] = []
+    try:
+        with (
+            socket.create_connection((where.host, where.port), timeout=timeout_s) as plain,
+            context.wrap_socket(plain) as secured,
+        ):
+            found = secured.getpeercert() or {}
+    except OSError:
+        found = {}
+    for entry in found.get("subjectAltName", ()):
+        match entry:
+            case ("DNS" | "IP Address", str(name)):
+                names.append(shortened(name))
+            case _:
+                pass
+    listed = f" ({', '.join(names[:_NAMES_TOLD])}{', …' if len(names) > _NAMES_TOLD else ''})" if names else ""
+    return f"; dial a name that is in it{listed}, or have it issued with this one too (`--dns NAME` or `--ip ADDRESS`)"
 
 
 def _objection(secured: ssl.SSLSocket) -> str | None:
