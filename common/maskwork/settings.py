@@ -77,6 +77,21 @@ def read_toml(path: Path, kind: type[S], *, what: str) -> S:
         raise UserError(f"{path}: {explain(error, kind)}") from error
 
 
+def check_state_directory(directory: Path, *, file: Path) -> None:
+    """Refuse a `state` that is, or lies under, something that is no directory; one that is not there yet is made later.
+
+    Raises:
+        UserError: it is; the text names the configuration file and the key.
+    """
+    try:
+        found = next((path for path in (directory, *directory.parents) if path.exists()), directory)
+        wrong = found.exists() and not found.is_dir()
+    except OSError:
+        return  # whoever opens what is in it says what is wrong
+    if wrong:
+        raise UserError(f"{file}: state: {found} is a file, not a directory. Name a directory for what must last.")
+
+
 def _bounded_text(path: Path) -> str:
     with path.open("rb") as file:
         data = file.read(MAX_FILE_BYTES + 1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from maskwork.coordinator.config import read_config
 from maskwork.errors import UserError
+from maskwork.participant.config import read_config as read_participant
 
 GOOD = 'identity = "id"\nstate = "/var/lib/maskwork"\n'
 
@@ -63,3 +65,21 @@ def test_a_file_that_is_not_there_or_not_text_is_told(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read"):
         read_config(tmp_path / "binary.toml")
+
+
+@pytest.mark.parametrize("state", ["taken", "taken/below"])
+@pytest.mark.parametrize("read", [read_config, read_participant], ids=["coordinator", "participant"])
+def test_a_state_directory_that_is_a_file_is_told_by_its_key(
+    read: Callable[[Path], object], state: str, tmp_path: Path
+) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("something else")
+    text = f'identity = "id"\nstate = "{state}"\n'
+    if read is read_participant:
+        text = 'coordinator = "hub:1"\n' + text + '[tasks.digits]\nuse = "m:T"\n'
+    path = written(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}: state: {taken} is a file, not a directory.")
+    taken.unlink()
+    read(path)  # an agent or a coordinator makes it when it starts

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from maskwork.coordinator.at_rest_key import Encryption
 from maskwork.net.authority import LEAF_DAYS
-from maskwork.settings import Address, FilePath, Section, read_toml
+from maskwork.settings import Address, FilePath, Section, check_state_directory, read_toml
 
 
 class CoordinatorConfig(Section):
@@ -72,10 +72,11 @@ def read_config(path: Path) -> CoordinatorConfig:
     """Read and check a configuration file; paths in it are relative to it.
 
     Raises:
-        UserError: unreadable, no TOML, or invalid; the text names the file and the key.
+        UserError: unreadable, no TOML, or invalid, or `state` is no directory; the text names the file and the key.
     """
     config = read_toml(path, CoordinatorConfig, what="a configuration file")
     base = path.parent
+    check_state_directory(base / config.state, file=path)
     paths: dict[str, object] = {
         "identity": base / config.identity,
         "state": base / config.state,

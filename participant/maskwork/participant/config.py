@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from maskwork.settings import Address, FilePath, Section, read_toml
+from maskwork.settings import Address, FilePath, Section, check_state_directory, read_toml
 
 Option = str | int | float | bool | None | tuple[str, ...]
 
@@ -51,10 +51,11 @@ def read_config(path: Path) -> ParticipantConfig:
     """Read and check a configuration file; paths in it are relative to it.
 
     Raises:
-        UserError: unreadable, no TOML, or invalid; the text names the file and the key.
+        UserError: unreadable, no TOML, or invalid, or `state` is no directory; the text names the file and the key.
     """
     config = read_toml(path, ParticipantConfig, what="a configuration file")
     base = path.parent
+    check_state_directory(base / config.state, file=path)
     return config.model_copy(
         update={
             "identity": base / config.identity,
