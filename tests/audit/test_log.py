@@ -131,7 +131,6 @@ class FullDisk:
     def __init__(self, log: AuditLog, takes: int) -> None:
         assert log._file is not None
         self._file, self._takes = log._file, takes
-        self.name = log._file.name
 
     def write(self, data: memoryview) -> int:
         if self._takes <= 0:
@@ -150,8 +149,9 @@ def test_a_full_disk_leaves_the_log_as_it_was(takes: int, tmp_path: Path) -> Non
     before, head = (tmp_path / "log").read_bytes(), log.head
     file = log._file
     log._file = FullDisk(log, takes)  # type: ignore[assignment]  # a port that has no name of its own
-    with pytest.raises(StorageUnavailable, match="disk is full"):
+    with pytest.raises(StorageUnavailable, match="disk is full") as caught:
         log.append([Service(event="a"), Service(event="b")], at=NOW)
+    assert caught.value.file == str(tmp_path / "log"), "not the number of a descriptor"
     assert (tmp_path / "log").read_bytes() == before
     assert (log.size, log.head) == (1, head)
     log._file = file
@@ -167,8 +167,9 @@ def test_a_disk_that_does_not_sync_is_an_error(tmp_path: Path) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     log._fsync = fails
-    with pytest.raises(StoreError, match="Input/output error"):
+    with pytest.raises(StoreError, match="Input/output error") as caught:
         log.append([Service(event="a")], at=NOW)
+    assert caught.value.file == str(tmp_path / "log")
     log._fsync = lambda _: None
 
 

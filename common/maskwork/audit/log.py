@@ -36,11 +36,21 @@ class AuditLog:
 
     Attributes:
         federation: what every head is signed for.
+        name: the file, for people.
         dropped: bytes of an incomplete last line that opening found and dropped.
     """
 
-    def __init__(self, federation: str, signer: Signer, *, file: BinaryIO | None, fsync: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        federation: str,
+        signer: Signer,
+        *,
+        file: BinaryIO | None,
+        name: str = "the audit log",
+        fsync: Callable[[int], None],
+    ) -> None:
         self.federation = federation
+        self.name = name
         self.dropped = 0
         self._signer = signer
         self._file = file
@@ -80,7 +90,7 @@ class AuditLog:
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", buffering=0)
         except OSError as error:
             raise StoreError.from_cause(error, file=path) from error
-        log = cls(federation, signer, file=file, fsync=fsync)
+        log = cls(federation, signer, file=file, name=str(path), fsync=fsync)
         try:
             _lock(file, path)
             log._read(path, look)
@@ -145,11 +155,11 @@ class AuditLog:
             StoreError: it cannot be read.
         """
         if self._file is None:
-            raise StoreError("is in memory only", file="the audit log", remedy="Give the service a state directory.")
+            raise StoreError("is in memory only", file=self.name, remedy="Give the service a state directory.")
         try:
             return os.pread(self._file.fileno(), length, offset)
         except OSError as error:
-            raise StoreError.from_cause(error, file=self._file.name) from error
+            raise StoreError.from_cause(error, file=self.name) from error
 
     def append(self, records: Sequence[Record], *, at: float, durable: bool = True) -> None:
         """Add records; one whose key is there already is left out.
@@ -198,7 +208,7 @@ class AuditLog:
         try:
             self._fsync(self._file.fileno())
         except OSError as error:
-            raise StoreError.from_cause(error, file=self._file.name) from error
+            raise StoreError.from_cause(error, file=self.name) from error
         self._durable = True
 
     def _write(self, lines: bytes) -> None:
@@ -212,7 +222,7 @@ class AuditLog:
         except OSError as error:
             with suppress(OSError):  # else an incomplete line is left, or whole records that nothing refers to
                 self._file.truncate(self._length)
-            raise StoreError.from_cause(error, file=self._file.name) from error
+            raise StoreError.from_cause(error, file=self.name) from error
 
     def _read(self, path: Path, look: Callable[[Entry], None]) -> None:
         assert self._file is not None
