@@ -230,20 +230,36 @@ async def test_drops_evidence_aborts_and_rollbacks_are_written_down(tmp_path: Pa
     assert kinds(tmp_path) == [*before, "service"], "a start that has nothing to complete writes nothing but itself"
 
 
-async def test_a_job_that_began_before_there_was_a_log_goes_on_in_it(tmp_path: Path) -> None:
-    plain = PlainCoordinator(tmp_path)
-    plain.add_job(rounds=2, cohort=FOUR)
-    plain.start()
-    await connect_all(plain, {name: LocalSite(name) for name in SITES})
-    await plain.until(lambda e: type(e).__name__ == "RoundCommitted")
-    await plain.crash()
+async def test_a_log_that_is_lost_beside_its_database_ends_the_start(tmp_path: Path) -> None:
     coordinator = LocalCoordinator(tmp_path)
+    coordinator.add_job(rounds=1, cohort=FOUR)
     await run_to_the_end(coordinator)
     await coordinator.crash()
-    found = judged(tmp_path)
-    assert found.problems == []
-    assert found.facts is not None
-    assert found.facts.jobs["job-1"].submitted is None
+    log, database = tmp_path / LOG_NAME, f"sqlite:///{tmp_path}/coordinator.sqlite"
+    kept = log.rename(tmp_path / "backup")
+
+    def start() -> None:
+        with closing(open_trail(tmp_path)) as trail, AuditedStore.open(database) as store:
+            store.follow(trail)
+
+    for _ in range(2):  # the first refusal leaves nothing that the second would take for the log
+        with pytest.raises(StoreError) as caught:
+            start()
+        assert str(caught.value).startswith(f"{log}: is missing or empty, and the database has 1 jobs")
+        for words in ("Restore audit.log", "move the database away too", "accept-history"):
+            assert words in caught.value.remedy
+    kept.replace(log)
+    before = kinds(tmp_path)
+    start()
+    assert kinds(tmp_path) == [*before, "service"]
+
+
+async def test_killed_before_its_first_record_a_log_begins_at_the_next_start(tmp_path: Path) -> None:
+    (tmp_path / LOG_NAME).write_bytes(b'{"head":"0123')
+    coordinator = LocalCoordinator(tmp_path)
+    await coordinator.crash()
+    assert kinds(tmp_path)[0] == "opened"
+    assert judged(tmp_path).problems == []
 
 
 # --- the trail --------------------------------------------------------------------------------------------------------
@@ -252,7 +268,7 @@ async def test_a_job_that_began_before_there_was_a_log_goes_on_in_it(tmp_path: P
 def test_callers_are_written_down_with_their_certificates(tmp_path: Path) -> None:
     ada = verified(Role.AUDITOR, "ada")
     with closing(open_trail(tmp_path)) as trail:
-        trail.begin({})
+        trail.begin()
         trail.asked_for("export", ada, job="job-1", round_number=2, model=bytes(32))
         trail.asked_for("abort", ada, job="job-1")
         trail.certificate_event(CertificateEvent(event="list", number=4, digest=bytes(32)))
@@ -270,32 +286,32 @@ def test_callers_are_written_down_with_their_certificates(tmp_path: Path) -> Non
 def test_a_renewed_certificate_signs_from_its_own_record_on(live: bool, tmp_path: Path) -> None:
     renewed = AUTHORITY.issue(Role.COORDINATOR, "main", now=NOW, dns_names=["localhost"])
     with closing(open_trail(tmp_path)) as trail:
-        trail.begin({})
+        trail.begin()
         if live:
             trail.renewed(der_of(renewed), signer_of(renewed))
             trail.renewed(der_of(renewed), signer_of(renewed))
-            trail.begin({})
+            trail.begin()
     if not live:
         with closing(open_trail(tmp_path, certificate=der_of(renewed), signer=signer_of(renewed))) as trail:
-            trail.begin({})
+            trail.begin()
     assert kinds(tmp_path) == ["opened", "service", "signer", "service"]
     assert judged(tmp_path).problems == []
 
 
 def test_a_torn_last_line_is_told_in_the_log(tmp_path: Path) -> None:
     with closing(open_trail(tmp_path)) as trail:
-        trail.begin({})
+        trail.begin()
     with (tmp_path / LOG_NAME).open("ab") as file:
         file.write(b'{"head":"0123')
     with closing(open_trail(tmp_path)) as trail:
-        trail.begin({})
+        trail.begin()
     assert [r.event for r in records(tmp_path) if r.KIND == "service"] == ["started", "recovered", "started"]  # type: ignore[attr-defined]
     assert judged(tmp_path).problems == []
 
 
 def test_a_damaged_log_ends_the_start(tmp_path: Path) -> None:
     with closing(open_trail(tmp_path)) as trail:
-        trail.begin({})
+        trail.begin()
     path = tmp_path / LOG_NAME
     path.write_bytes(path.read_bytes().replace(b"ward", b"worn", 1))
     with pytest.raises(StoreError, match="record 0"):
@@ -346,7 +362,7 @@ async def test_a_site_far_behind_fetches_what_does_not_fit(tmp_path: Path, monke
 
 def test_a_head_that_is_not_of_this_chain_has_no_size(tmp_path: Path) -> None:
     with closing(open_trail(tmp_path)) as trail:
-        trail.begin({})
+        trail.begin()
         one = trail.head_for([])
         trail.write(JobEnded(job="a", state="failed"))
         assert (trail.size_of(one), trail.size_of(trail.log.head)) == (2, 3)

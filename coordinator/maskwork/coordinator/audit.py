@@ -41,7 +41,8 @@ class Trail:
 
     Attributes:
         log: the records.
-        earlier: jobs that had begun before there was a log, each with the round and attempt that came next.
+        earlier: jobs that had begun before this log did, each with the round and attempt that came next. None in a log
+            of today: `AuditedStore.follow` begins none for a database that has jobs.
     """
 
     def __init__(self, records: AuditLog, *, certificate: bytes, signer: Signer, clock: Callable[[], float]) -> None:
@@ -94,23 +95,17 @@ class Trail:
         """A trail that ends with its process."""
         records = AuditLog.in_memory(federation, signer)
         trail = cls(records, certificate=certificate, signer=signer, clock=clock)
-        trail.begin({})
+        trail.begin()
         return trail
 
     def close(self) -> None:
         """Let the log go. Calling it again does nothing."""
         self.log.close()
 
-    def begin(self, earlier: Mapping[str, tuple[int, int]]) -> None:
-        """Begin a new log, or go on with the one that is there, and say that the service starts.
-
-        Args:
-            earlier: if the log is new: jobs that the database has already, each with its next round and attempt.
-        """
+    def begin(self) -> None:
+        """Begin a new log, or go on with the one that is there, and say that the service starts."""
         if not self.log.size:
-            opened = Opened(federation=self.log.federation, certificate=self._certificate, earlier=dict(earlier))
-            self.write(opened)
-            self.earlier = opened.earlier
+            self.write(Opened(federation=self.log.federation, certificate=self._certificate))
         if self.log.dropped:
             detail = f"an incomplete last line of {self.log.dropped} bytes was dropped: the last process was killed"
             log.warning("the audit log was repaired", detail=detail)

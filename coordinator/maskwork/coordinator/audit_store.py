@@ -37,6 +37,7 @@ from maskwork.coordinator.records import (
     ResumeRecord,
 )
 from maskwork.coordinator.store import Store
+from maskwork.errors import StoreError
 from maskwork.secagg.messages import advertisement_digest, encode_members
 from maskwork.wire import codec
 
@@ -50,10 +51,19 @@ class AuditedStore(Store):
         """Write everything down in `trail` from now on, and first what a killed process left out.
 
         Raises:
-            StoreError: the log cannot be written.
+            StoreError: the log cannot be written, or was lost: no record is in it, and jobs are in the database.
         """
         jobs = self.jobs()
-        trail.begin({job.job_id: (job.next_round, job.next_attempt) for job in jobs})
+        if jobs and not trail.log.size:  # a log begins before the first job is taken in
+            raise StoreError(
+                f"is missing or empty, and the database has {len(jobs)} jobs: sites that hold a head of it would "
+                "decline whatever a new one says",
+                file=trail.log.name,
+                remedy="Restore audit.log. If it is lost for good, move the database away too, and keep it for "
+                "auditors: the coordinator then begins anew, without jobs, and each site's operator has to go along "
+                "with `maskwork participant accept-history`. The models stay where they are.",
+            )
+        trail.begin()
         for job in jobs:
             for record in self._missing(job, trail):
                 trail.write(record)
