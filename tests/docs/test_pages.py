@@ -28,11 +28,13 @@ from typer._click.exceptions import ClickException
 
 from maskwork.cli import build, installed_contributions
 from maskwork.coordinator.config import CoordinatorConfig
+from maskwork.coordinator.server import DRAIN_S
 from maskwork.job import JobFile
 from maskwork.participant.config import ParticipantConfig
 from maskwork.participant.policy import Policy
 from maskwork.participant.tasks.digits import Digits
 from maskwork.participant.training import initial_vector, train_once
+from maskwork.stopping import STOP_WITHIN_S
 from maskwork.task import TrainingConfig, load_task
 from maskwork.tensors import write_model
 
@@ -285,6 +287,15 @@ def test_the_readmes_three_lines_load_an_exported_model(tmp_path: Path, monkeypa
     assert model.state_dict().keys() == written.keys()
     for name, tensor in model.state_dict().items():
         np.testing.assert_array_equal(tensor.numpy(), written[name])
+
+
+def test_the_page_on_failures_says_how_long_a_stop_may_take() -> None:
+    stopping = (ROOT / "docs" / "failures.md").read_text().partition("## Stopping")[2]
+    assert f"given {DRAIN_S:g} s, then cut off" in stopping
+    assert f"The bound is {STOP_WITHIN_S:g} s from the first\nsignal" in stopping
+    assert f"within {STOP_WITHIN_S:g} s" in (ROOT / "docker-compose.yml").read_text()
+    (given,) = set(re.findall(r"TimeoutStopSec=(\d+)", stopping))
+    assert float(given) > STOP_WITHIN_S > DRAIN_S
 
 
 # --- generated parts --------------------------------------------------------------------------------------------------

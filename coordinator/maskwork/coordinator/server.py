@@ -59,6 +59,7 @@ import grpc  # isort: skip  # after maskwork.net.tls, which sets the TLS floor
 log = structlog.get_logger("maskwork.coordinator")
 
 DRAIN_S = 5.0
+"""For calls that a peer does not let go of. It is no bound on the whole end: that is `stopping.STOP_WITHIN_S`."""
 LOOK_AT_FILES_S = 1.0
 TELL_AGAIN_S = 60.0
 RENEW = (
