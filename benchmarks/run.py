@@ -107,6 +107,9 @@ def rounds(figures: Figures) -> str:
     for stage, seconds in masked["stage_s"].items():
         other = plain["stage_s"][stage]
         rows.append((stage, ms(seconds), ms(other), f"{seconds / other:.2f}" if other else ""))
+    for name, seconds in masked["cpu_s"].items():
+        other = plain["cpu_s"][name]
+        rows.append((f"processor time, {name}", ms(seconds), ms(other), f"{seconds / other:.2f}" if other else ""))
     shape, wire, memory = figures["shape"], figures["wire_bytes_per_round"], figures["peak_memory_mib"]
     said = (
         f"{shape['participants']} participants, d = {shape['parameters']:,}. On the wire in a round, TLS and all: up "

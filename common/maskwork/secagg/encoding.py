@@ -236,6 +236,9 @@ class TileEncoder:
         self._length = length
         self._limit = _largest_float32_up_to(encoding.scale)
         self._multiplier = _multiplier(encoding, length=length, norm=norm, weight=weight)
+        # No coordinate is beyond the norm, so where the scaled norm is within the limit nobody has to look for one
+        # that is not; most sites' weights are far below the cap. A rotation's limit is far below the norm.
+        self._within = not rotated and norm * float(self._multiplier) * (1 + 2.0**-20) + 1 <= self._limit
         self._noise = KeystreamReader(rounding_key)
         room = min(length, 2 * TILE if rotated else TILE)
         self._scaled, self._floor = scratch(room, np.float32), scratch(room, np.float32)
@@ -269,7 +272,7 @@ class TileEncoder:
 
     def _clamp(self, values: Float32Array) -> int:
         limit = self._limit
-        if values.max() <= limit and values.min() >= -limit:
+        if self._within or (values.max() <= limit and values.min() >= -limit):
             return 0
         clamped = int(np.count_nonzero(np.abs(values) > limit))
         np.clip(values, -limit, limit, out=values)

@@ -160,28 +160,39 @@ def mask_statistics(encoded_u64: UInt64Array, keys: Sequence[SignedKey]) -> byte
     return masked.astype("<u8").tobytes()
 
 
+class Adder:
+    """Adds packed vectors of one ring width to accumulators, through scratch memory that it reuses."""
+
+    def __init__(self, ring_bits: int) -> None:
+        """For vectors of ``ring_bits`` bits a coordinate."""
+        self._bits = ring_bits
+        self._packer = BitPacker(ring_bits)
+        self._unpacked = scratch(TILE, np.uint32)
+
+    def add(self, acc_u32: UInt32Array, packed_u8: UInt8Array) -> None:
+        """Add one packed vector, or a part of one that begins with a byte, in place and modulo 2^32.
+
+        Args:
+            acc_u32: uint32[d]; may be a memory map.
+            packed_u8: uint8[packed_size(d, ring_bits)]; may be a memory map.
+
+        Raises:
+            ValueError: Dtypes or lengths do not fit; the accumulator is as it was.
+        """
+        acc, packed = acc_u32.view(np.ndarray), packed_u8.view(np.ndarray)
+        check_vector("accumulator", acc, np.dtype(np.uint32))
+        _check_packed(packed, len(acc), self._bits)
+        for start in range(0, len(acc), TILE):
+            tile = acc[start : start + TILE]
+            at = start * self._bits // 8
+            part = self._unpacked[: len(tile)]
+            self._packer.unpack(packed[at : at + packed_size(len(tile), self._bits)], part)
+            np.add(tile, part, out=tile)
+
+
 def accumulate(acc_u32: UInt32Array, packed_u8: UInt8Array, ring_bits: int) -> None:
-    """Adds one packed vector to the accumulator, in place, modulo 2^32 (so the low r bits are right).
-
-    Args:
-        acc_u32: uint32[d]; may be a memory map.
-        packed_u8: uint8[packed_size(d, ring_bits)]; may be a memory map.
-        ring_bits: r.
-
-    Raises:
-        ValueError: Dtypes or lengths do not fit; the accumulator is as it was.
-    """
-    acc, packed = acc_u32.view(np.ndarray), packed_u8.view(np.ndarray)
-    check_vector("accumulator", acc, np.dtype(np.uint32))
-    _check_packed(packed, len(acc), ring_bits)
-    packer = BitPacker(ring_bits)
-    unpacked = scratch(min(TILE, len(acc)), np.uint32)
-    for start in range(0, len(acc), TILE):
-        tile = acc[start : start + TILE]
-        at = start * ring_bits // 8
-        part = unpacked[: len(tile)]
-        packer.unpack(packed[at : at + packed_size(len(tile), ring_bits)], part)
-        np.add(tile, part, out=tile)
+    """Adds one packed vector to the accumulator, in place, modulo 2^32: the low r bits are right. See `Adder.add`."""
+    Adder(ring_bits).add(acc_u32, packed_u8)
 
 
 def accumulate_statistics(acc_u64: UInt64Array, masked: bytes) -> None:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import BinaryIO, Final, TypeAlias
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from maskwork.secagg import masking
 from maskwork.secagg.encoding import Encoding, decode_statistics
 from maskwork.secagg.errors import DealerEquivocated
 from maskwork.secagg.keys import rotation_seed
-from maskwork.secagg.ring import UInt8Array, UInt32Array, UInt64Array
+from maskwork.secagg.ring import UInt8Array, UInt32Array, UInt64Array, packed_size
 from maskwork.secagg.unmasking import UnmaskingJob
 from maskwork.tensors import ModelFileError, file_bytes, first_non_finite, read_vector, write_model_to
 
@@ -70,6 +70,8 @@ class Implausible:
     detail: str
 
 
+_TILE: Final = 1 << 18  # coordinates of a sum at a time: a megabyte, which stays in the cache; a multiple of 8
+
 Release: TypeAlias = Released | Convicted | Implausible
 
 
@@ -100,11 +102,37 @@ def add_upload(accumulator: Path, upload: Path, shape: SessionShape, seal: Uploa
         return
     if upload.stat().st_size != shape.upload_bytes:
         raise ValueError(f"an upload of {upload.stat().st_size} bytes where {shape.upload_bytes} were due")
-    packed: UInt8Array = np.memmap(upload, dtype=np.uint8, mode="r")
-    statistics, update = _open(accumulator, shape, "r+")
-    masking.accumulate(update, packed[: shape.update_bytes], shape.ring_bits)
-    masking.accumulate_statistics(statistics, packed[shape.update_bytes :].tobytes())
+    tile, packed = np.empty(_TILE, np.uint32), np.empty(packed_size(_TILE, shape.ring_bits), np.uint8)
+    adder = masking.Adder(shape.ring_bits)
+    with accumulator.open("r+b", buffering=0) as total, upload.open("rb", buffering=0) as added:
+        # Read and written rather than mapped: a page fault for each 4 KiB took longer than the additions.
+        for start in range(0, shape.parameters, _TILE):
+            count = min(_TILE, shape.parameters - start)
+            part, arrived = tile[:count], packed[: packed_size(count, shape.ring_bits)]
+            at = 8 * shape.statistics + 4 * start
+            _read_at(total, at, part.view(np.uint8))
+            _read_at(added, start * shape.ring_bits // 8, arrived)
+            adder.add(part, arrived)
+            _write_at(total, at, part.view(np.uint8))
+        statistics, masked = np.empty(shape.statistics, np.uint64), np.empty(shape.statistics_bytes, np.uint8)
+        _read_at(total, 0, statistics.view(np.uint8))
+        _read_at(added, shape.update_bytes, masked)
+        masking.accumulate_statistics(statistics, masked.tobytes())
+        _write_at(total, 0, statistics.view(np.uint8))
     upload.unlink()
+
+
+def _read_at(file: BinaryIO, at: int, out: UInt8Array) -> None:
+    file.seek(at)
+    if (length := file.readinto(out.data)) != len(out):  # type: ignore[attr-defined]  # BinaryIO lacks it
+        raise ValueError(f"{file.name} ends at byte {at + length} where {len(out)} more were due")
+
+
+def _write_at(file: BinaryIO, at: int, data: UInt8Array) -> None:
+    file.seek(at)
+    left = data.data
+    while left:
+        left = left[file.write(left) :]
 
 
 def make_durable(accumulator: Path) -> None:
@@ -166,9 +194,3 @@ def _sum(request: ReleaseRequest) -> tuple[UInt64Array, Callable[[int, int], UIn
         return np.fromfile(path, np.uint32, stop - start, offset=8 * count + 4 * start)
 
     return np.fromfile(path, np.uint64, count), read
-
-
-def _open(accumulator: Path, shape: SessionShape, mode: str) -> tuple[UInt64Array, UInt32Array]:
-    raw = np.memmap(accumulator, dtype=np.uint8, mode="r+" if mode == "r+" else "r")
-    edge = 8 * shape.statistics
-    return raw[:edge].view(np.uint64), raw[edge:].view(np.uint32)

@@ -74,12 +74,13 @@ def _add(total: SealedReader, added: SealedReader, shape: SessionShape, writer: 
     masking.accumulate_statistics(statistics, added.read(shape.statistics_bytes))
     writer.write(statistics.view(np.uint8).data)
     added.seek(0)
+    adder = masking.Adder(shape.ring_bits)
     for start in range(0, shape.parameters, _TILE):
         tile = np.zeros(min(_TILE, shape.parameters - start), np.uint32)
         packed = np.empty(packed_size(len(tile), shape.ring_bits), np.uint8)
         total.readinto(tile.view(np.uint8).data)
         added.readinto(packed.data)
-        masking.accumulate(tile, packed, shape.ring_bits)
+        adder.add(tile, packed)
         writer.write(tile.view(np.uint8).data)
 
 

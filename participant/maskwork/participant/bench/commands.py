@@ -86,12 +86,14 @@ def _show_round(measured: dict[str, Any]) -> None:
     kinds = [kind for kind in ("masked", "plain") if kind in measured]
     console.print(f"{shape['participants']} participants, d = {shape['parameters']:,}, preset {shape['preset']}")
     table = Table("one round", *kinds, *(["masked / plain"] if len(kinds) == 2 else []))
-    names = ("round_s", "commit_to_commit_s", *(f"stage_s/{stage}" for stage in measured["masked"]["stage_s"]))
+    names = ["round_s", "commit_to_commit_s"]
+    names += [f"{group}/{name}" for group in ("stage_s", "cpu_s") for name in measured["masked"][group]]
     for name in names:
         key, _, stage = name.partition("/")
         values = [measured[kind][key][stage] if stage else measured[kind][key] for kind in kinds]
         ratio = [f"{values[0] / values[1]:.2f}"] if len(values) == 2 and values[1] else []
-        table.add_row(stage or key.removesuffix("_s"), *(f"{value * 1e3:.1f} ms" for value in values), *ratio)
+        label = f"processor time, {stage}" if key == "cpu_s" else stage or key.removesuffix("_s")
+        table.add_row(label, *(f"{value * 1e3:.1f} ms" for value in values), *ratio)
     console.print(table)
     wire, memory = measured["wire_bytes_per_round"], measured["peak_memory_mib"]
     uploaded = measured["masked"]["upload_bytes_per_participant"] / 1e6

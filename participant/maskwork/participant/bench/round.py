@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from maskwork.bench.cpu import cpu_seconds
 from maskwork.bench.memory import MIB, PeakMemory
 from maskwork.job import JobSpec
 from maskwork.job_events import STAGES, JobSummary, RoundCommitted, Waiting
@@ -75,15 +76,30 @@ async def _timed(children: Children, folder: Path, options: Options, model: Path
         await federations.start_coordinator(children, federation)
         await federations.start_sites(children, federation, options.parameters, port=federation.port)
     rounds: dict[str, list[RoundCommitted]] = {kind: [] for kind in kinds}
+    work: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     between: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(options.turns):
         for kind, federation in made.items():
             spec = federations.job(federation, rounds=WARM_UP + options.rounds, preset=options.preset)
+            before = _cpu(children, federation)
             done = await run_job(federation, spec, model)
+            after = _cpu(children, federation)
+            work[kind].append({name: (after[name] - before[name]) / len(done) for name in after})
             rounds[kind] += done[WARM_UP:]
             ends = [committed.committed_at for committed in done]
             between[kind] += [b - a for a, b in pairwise(ends)]
-    return {kind: _figures(rounds[kind], between[kind]) for kind in kinds}
+    return {kind: {**_figures(rounds[kind], between[kind]), "cpu_s": _median_of(work[kind])} for kind in kinds}
+
+
+def _cpu(children: Children, federation: Federation) -> dict[str, float]:
+    """Processor seconds of the coordinator and of all participants together, so far."""
+    used = {member: cpu_seconds(children.pid(federation.name(member))) for member in ("coordinator", *federation.sites)}
+    coordinator = used.pop("coordinator")
+    return {"coordinator": coordinator, "participants together": sum(used.values())}
+
+
+def _median_of(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(f[name] for f in figures) for name in figures[0]}
 
 
 def _figures(rounds: Sequence[RoundCommitted], between: Sequence[float]) -> dict[str, Any]:
