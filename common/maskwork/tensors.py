@@ -247,14 +247,16 @@ def check_finite(path: ModelSource) -> Schema:
     return header.schema
 
 
-def read_finite_vector(path: ModelSource) -> tuple[Schema, Float32Array]:
+def read_finite_vector(
+    path: ModelSource, *, allocate: Callable[[int], Float32Array] | None = None
+) -> tuple[Schema, Float32Array]:
     """As `read_vector`, and every number is finite as float32.
 
     Raises:
         ModelFileError: Also for a NaN or an infinity; the text names the tensor.
         OSError: It cannot be read.
     """
-    schema, vector = read_vector(path)
+    schema, vector = read_vector(path, allocate=allocate)
     if (at := first_non_finite(vector)) is not None:
         raise _not_finite(path, schema, at)
     return schema, vector

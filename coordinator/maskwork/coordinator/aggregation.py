@@ -29,7 +29,7 @@ from maskwork.secagg.errors import DealerEquivocated
 from maskwork.secagg.keys import rotation_seed
 from maskwork.secagg.ring import UInt8Array, UInt32Array, UInt64Array, packed_size
 from maskwork.secagg.unmasking import UnmaskingJob
-from maskwork.tensors import ModelFileError, file_bytes, first_non_finite, read_vector, write_model_to
+from maskwork.tensors import Float32Array, ModelFileError, file_bytes, first_non_finite, read_vector, write_model_to
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +141,22 @@ def make_durable(accumulator: Path) -> None:
     fsync(accumulator.parent)
 
 
+class _Memory:
+    """Shared memory for a model, kept from round to round: its pages are slow to get, and a job's models are alike."""
+
+    def __init__(self) -> None:
+        self._vector = shared_vector(0)
+
+    def vector(self, length: int) -> Float32Array:
+        if len(self._vector) != length:
+            self._vector = shared_vector(0)  # before the next one is made
+            self._vector = shared_vector(length)
+        return self._vector
+
+
+_memory = _Memory()  # of this worker, which does one thing at a time
+
+
 def release(request: ReleaseRequest) -> Release:
     """Reconstruct and verify the secrets, remove the masks, decode the mean, write and keep the next model."""
     processes = processors()
@@ -155,8 +171,11 @@ def release(request: ReleaseRequest) -> Release:
     if not (examples == int(examples) and request.survivors <= examples <= _most(request)):
         return Implausible(f"the survivors' example counts add up to {examples}")
     models = ModelStore(request.models, vault=request.vault)
-    models.verify(request.model)
-    schema, model = read_vector(models.file(request.model), allocate=shared_vector)
+    try:
+        schema, model = read_vector(models.file(request.model), allocate=_memory.vector)
+    except ModelFileError:
+        models.verify(request.model)  # says that it is damaged
+        raise
     unmask(
         read,
         masks.update,
@@ -165,6 +184,7 @@ def release(request: ReleaseRequest) -> Release:
         total_weight=int(examples),
         model=model,
         processes=processes,
+        beside=lambda: models.verify(request.model),  # whether what was read is what its name says
     )
     if first_non_finite(model) is not None:
         return Implausible("the new model is not finite; lower the clip norm or the learning rate")

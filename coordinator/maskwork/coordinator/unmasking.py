@@ -76,6 +76,7 @@ def unmask(
     total_weight: int,
     model: Float32Array,
     processes: int,
+    beside: Callable[[], object] | None = None,
 ) -> None:
     """Take the masks off the sum, decode the mean, and add it to the model.
 
@@ -87,9 +88,11 @@ def unmask(
         total_weight: Sum of the survivors' weights.
         model: float32[d]; becomes the next model. With several processes it lies in shared memory.
         processes: The most to use; fewer where there is little to do.
+        beside: Something else to be done meanwhile, in a process of its own where there are several.
 
     Raises:
         ValueError: As `decode_sum`.
+        Exception: What `beside` raised.
     """
     length = len(model)
     wanted = length * (len(masks) + 1) // WORTH_A_PROCESS
@@ -112,7 +115,12 @@ def unmask(
             with np.errstate(over="ignore", invalid="ignore"):  # the caller looks whether the model is finite
                 model[begin:end] += mean
 
-    each_in_a_process([partial(part, start, stop) for start, stop in ranges])
+    works: list[Callable[[], object]] = [partial(part, start, stop) for start, stop in ranges]
+    if beside is not None and processes > 1:
+        works.append(beside)
+    each_in_a_process(works)
+    if beside is not None and processes == 1:
+        beside()
 
 
 def cut(length: int, count: int, *, rotated: bool) -> list[tuple[int, int]]:

@@ -199,6 +199,7 @@ class CoordinatorLink:
         path.touch(mode=0o600)
         with path.open("r+b", buffering=0) as file:
             offset = file.seek(0, os.SEEK_END)
+            found = await asyncio.to_thread(_digest, path) if offset else hashlib.sha256()
             call = self._calls_now().download(federation_pb2.DownloadRequest(digest=digest, offset=offset))
             try:
                 async for raw in _steadily(call, self._stall_s):
@@ -206,6 +207,7 @@ class CoordinatorLink:
                     if chunk.offset != offset or not chunk.data or offset + len(chunk.data) > size:
                         raise TransferError("a download went out of step with what was announced")
                     file.write(chunk.data)
+                    found.update(chunk.data)
                     offset += len(chunk.data)
             except grpc.aio.AioRpcError as error:
                 raise TransferError(f"a download broke at {offset} of {size} bytes: {_said(error)}") from error
@@ -215,11 +217,10 @@ class CoordinatorLink:
                 raise TransferError(f"a download stands still at {offset} of {size} bytes") from error
             finally:
                 call.cancel()  # what is not wanted any more is not sent on
-        found = await asyncio.to_thread(_digest, path)
-        if offset != size or found != digest:
+        if offset != size or found.digest() != digest:
             path.unlink()
             raise TransferError("what was downloaded is not what the plan names")
-        return found
+        return digest
 
     async def upload(self, session: bytes, update: BinaryIO, statistics: bytes, offsets: tuple[int, int]) -> int:
         """Stream both segments from their offsets; returns how many bytes the coordinator holds.
@@ -368,6 +369,6 @@ def _said(error: grpc.aio.AioRpcError) -> str:
     return printable(error.details() or error.code().name)[:MAX_SAID]
 
 
-def _digest(path: Path) -> bytes:
+def _digest(path: Path) -> hashlib._Hash:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+        return hashlib.file_digest(file, hashlib.sha256)

@@ -230,6 +230,13 @@ class _Kept:
 class _WorkerState:
     trainer: Trainer | None = None
     kept: _Kept | None = None
+    vector: Float32Array = field(default_factory=lambda: np.empty(0, np.float32))
+
+    def room(self, length: int) -> Float32Array:
+        """float32[length] for a model, then its update; the same from round to round, since pages are slow to get."""
+        if len(self.vector) != length:
+            self.vector = np.empty(length, np.float32)
+        return self.vector
 
 
 _state = _WorkerState()  # of this process, which serves one agent
@@ -279,7 +286,7 @@ def train(request: TrainRequest) -> TrainSummary:
     if trainer is None:
         raise RuntimeError("configure comes before train")
     _state.kept = None
-    schema, vector = read_finite_vector(request.model_path)
+    schema, vector = read_finite_vector(request.model_path, allocate=_state.room)
     if difference := schema.difference(trainer.schema):
         raise TrainingError(
             f"the job's model is not one of this task: {difference} (here: the model, there: the task); "
@@ -332,6 +339,7 @@ def mask(request: MaskRequest) -> MaskResult:
 def discard(session_id: bytes) -> None:
     """Forget the update of a session, if it is the one that is kept."""
     if _state.kept is not None and _state.kept.session_id == session_id:
+        _state.kept.update.fill(0)  # its memory is kept for the next round
         _state.kept = None
 
 
