@@ -15,6 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maskwork.net import identity
 from maskwork.net.authority import Authority
 from maskwork.net.identity import (
     Identity,
@@ -377,3 +378,45 @@ def test_a_revoked_certificate_does_not_come_back_under_another_fingerprint() ->
     assert fingerprint(twin) != fingerprint(DER)
     assert ROOTS.verify(twin, now=NOW).identity == SITE
     assert problem_of(lambda: ROOTS.verify(twin, now=NOW, is_revoked={fingerprint(DER)})) is IdentityProblem.REVOKED
+
+
+def fresh_roots() -> TrustRoots:
+    """Trust roots that have not seen a certificate yet."""
+    return TrustRoots(ROOTS.certificates)
+
+
+def test_a_certificate_that_is_known_is_still_asked_for_its_time_its_list_and_its_role() -> None:
+    """What a certificate says is remembered; whether it is good now is not."""
+    roots = fresh_roots()
+    verified = roots.verify(DER, now=NOW)
+    assert roots.verify(DER, now=NOW) == verified
+    assert problem_of(lambda: roots.verify(DER, now=verified.not_after + 1)) is IdentityProblem.EXPIRED
+    assert problem_of(lambda: roots.verify(DER, now=verified.not_before - 1)) is IdentityProblem.NOT_YET_VALID
+    revoked = {verified.fingerprint}
+    assert problem_of(lambda: roots.verify(DER, now=NOW, is_revoked=revoked)) is IdentityProblem.REVOKED
+    assert problem_of(lambda: roots.verify(DER, now=NOW, role=Role.OPERATOR)) is IdentityProblem.WRONG_ROLE
+    assert problem_of(lambda: roots.verify(DER, now=NOW, federation="bay")) is IdentityProblem.WRONG_FEDERATION
+
+
+def test_what_was_refused_is_refused_again() -> None:
+    roots, impostor = fresh_roots(), Authority.create("ward", now=NOW)
+    forged = to_der(impostor.sign(KEY.public_key(), SITE, now=NOW, days=30))
+    for _ in range(2):
+        assert problem_of(lambda: roots.verify(forged, now=NOW)) is IdentityProblem.WRONG_CA
+
+
+def test_a_ca_that_expires_takes_what_was_known_with_it() -> None:
+    short = Authority.create("ward", now=NOW, days=10)
+    forever = forge(short, end=datetime.fromtimestamp(NOW + 100 * DAY, UTC))
+    roots = TrustRoots(short.roots.certificates)
+    assert roots.verify(forever, now=NOW).identity == SITE
+    assert problem_of(lambda: roots.verify(forever, now=NOW + 11 * DAY)) is IdentityProblem.EXPIRED
+
+
+def test_no_more_certificates_are_remembered_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "KNOWN_CERTIFICATES", 3)
+    roots = fresh_roots()
+    for i in range(8):
+        der = to_der(AUTHORITY.sign(KEY.public_key(), Identity("ward", Role.PARTICIPANT, f"s{i}"), now=NOW, days=30))
+        assert roots.verify(der, now=NOW).name == roots.verify(der, now=NOW).name == f"s{i}"
+        assert len(roots._known) <= 3

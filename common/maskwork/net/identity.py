@@ -38,6 +38,7 @@ from maskwork.net.whole_files import OpenToOthers, read_private
 __all__ = [
     "FINGERPRINT_BYTES",
     "FROM_ISSUE",
+    "KNOWN_CERTIFICATES",
     "MAX_CERTIFICATE_BYTES",
     "ROOTS_EXPECTED",
     "Identity",
@@ -58,6 +59,8 @@ __all__ = [
     "to_der",
 ]
 
+KNOWN_CERTIFICATES: Final = 4096
+"""How many verified certificates each `TrustRoots` remembers."""
 MAX_CERTIFICATE_BYTES: Final = 8192
 """Longest DER certificate that is looked at; ours are about 600 bytes."""
 FINGERPRINT_BYTES: Final = 32
@@ -106,10 +109,20 @@ class VerifiedCertificate:
         return self.identity.name
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A certificate that a root was found to have signed, and what it says."""
+
+    certificate: x509.Certificate
+    root: x509.Certificate
+    identity: Identity
+    public_key: ec.EllipticCurvePublicKey
+
+
 class TrustRoots:
     """The CA certificates that a federation's members are signed by; more than one only while a CA is replaced."""
 
-    __slots__ = ("_certificates", "_source")
+    __slots__ = ("_certificates", "_known", "_source")
 
     def __init__(self, certificates: Sequence[x509.Certificate], *, source: str = "the given CA certificates") -> None:
         """Check that each of `certificates` can be a federation CA.
@@ -127,6 +140,7 @@ class TrustRoots:
             _check_root(certificate, source)
         self._certificates = tuple(certificates)
         self._source = source
+        self._known: dict[bytes, _Known] = {}
 
     def __repr__(self) -> str:
         return f"TrustRoots({self._source!r}, {len(self._certificates)})"
@@ -213,9 +227,17 @@ class TrustRoots:
         Raises:
             IdentityError: With the first problem found.
         """
-        certificate = _parse(der)
-        _check_validity(self._signer(certificate), now)
-        identity, public_key = check_profile(certificate, now=now)
+        known = self._known.get(der)
+        if known is None:
+            certificate = _parse(der)
+            root = self._signer(certificate)
+            _check_validity(root, now)
+            identity, public_key = check_profile(certificate, now=now)
+            self._remember(der, _Known(certificate, root, identity, public_key))
+        else:  # what its bytes say and who signed them does not change; the time does, and the list
+            certificate, identity, public_key = known.certificate, known.identity, known.public_key
+            _check_validity(known.root, now)
+            _check_validity(certificate, now)
         if federation is not None and identity.federation != federation:
             raise IdentityError(
                 IdentityProblem.WRONG_FEDERATION,
@@ -237,6 +259,12 @@ class TrustRoots:
             not_after=certificate.not_valid_after_utc.timestamp(),
             der=der,
         )
+
+    def _remember(self, der: bytes, known: _Known) -> None:
+        """Whoever calls often is not checked bit by bit each time. Bounded: anybody the CA signed may call."""
+        if len(self._known) >= KNOWN_CERTIFICATES:
+            self._known.pop(next(iter(self._known)), None)
+        self._known[der] = known
 
     def _signer(self, certificate: x509.Certificate) -> x509.Certificate:
         root = self.issuer_of(certificate)

@@ -19,6 +19,7 @@ Sources: DESIGN sections 5 and 7; gRPC core, `include/grpc/impl/channel_arg_name
 """
 
 from collections.abc import Callable, Container, Iterable, Mapping
+from functools import lru_cache
 from typing import Final, Protocol, cast
 
 import grpc
@@ -28,6 +29,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 import maskwork.net
 from maskwork.net.diagnosis import check_own_files, explain_connection_failure, probe_server
 from maskwork.net.identity import (
+    KNOWN_CERTIFICATES,
     UNREADABLE_CERTIFICATE,
     IdentityError,
     IdentityFiles,
@@ -242,7 +244,7 @@ def peer_identity(
     federation: str | None = None,
     is_revoked: Container[bytes] = frozenset(),
 ) -> VerifiedCertificate:
-    """Who is calling, verified anew for this call.
+    """Who is calling, decided anew for this call.
 
     A connection outlives its handshake by days, so validity and revocation are looked at on each call.
 
@@ -263,10 +265,15 @@ def peer_identity(
     _expect(properties, "ssl_tls_version", b"TLSv1.3")
     pem = _single(properties, "x509_pem_cert")
     try:
-        certificate = x509.load_pem_x509_certificate(pem)
+        der = _der_of(pem)
     except UNREADABLE_CERTIFICATE:
         raise malformed("the caller's certificate is not readable") from None
-    return roots.verify(to_der(certificate), now=now, role=None, federation=federation, is_revoked=is_revoked)
+    return roots.verify(der, now=now, role=None, federation=federation, is_revoked=is_revoked)
+
+
+@lru_cache(maxsize=KNOWN_CERTIFICATES)
+def _der_of(pem: bytes) -> bytes:
+    return to_der(x509.load_pem_x509_certificate(pem))
 
 
 def _expect(properties: Mapping[str, Iterable[bytes]], key: str, expected: bytes) -> None:

@@ -68,6 +68,7 @@ class Errands:
         self._revocations = revocations
         self._audit = audit
         self._discarding: set[asyncio.Task[None]] = set()
+        self._bundle = (b"", b"")  # the last cohort's certificates by their digest: the next round's are often the same
 
     async def fetch(self, work: Work) -> None:
         """Bring what an offer names: revocation list, model, certificates, the audit log's new digests."""
@@ -78,7 +79,9 @@ class Errands:
             try:
                 await self._revocations.fetch(work, self._link())
                 model_digest = await self._link().download(work.plan.model_digest, offer.model_size, work.model)
-                await self._link().download(offer.certificates_digest, offer.certificates_size, bundle)
+                if offer.certificates_digest != self._bundle[0]:
+                    await self._link().download(offer.certificates_digest, offer.certificates_size, bundle)
+                    self._bundle = (offer.certificates_digest, bundle.read_bytes())
                 if shown.digests_digest:
                     await self._link().download(shown.digests_digest, shown.tail_bytes, history)
                 break
@@ -94,7 +97,7 @@ class Errands:
                 if tries == DOWNLOAD_TRIES:
                     raise
                 await asyncio.sleep(DOWNLOAD_PAUSE_S * 2 ** (tries - 1))
-        certificates = codec.decode_certificates(bundle.read_bytes(), offer.certificates_digest, work.plan.cohort)
+        certificates = codec.decode_certificates(self._bundle[1], offer.certificates_digest, work.plan.cohort)
         bad_history = await self._audit.check_fetched(work.id, offer, history) if shown.digests_digest else None
         if bad_history is not None:
             await self._inbox.put(Unacceptable(work, bad_history))
