@@ -452,10 +452,11 @@ def check_same_model(survivors: frozenset[str], rules: SiteRules) -> None:
 def _unmask(state: SignedSets, message: SurvivorSignatures) -> Step:
     session, plan, sets = state.session, state.session.plan, state.sets
     eligible = frozenset(state.graph.holders(session.index)) & sets.u3
+    fields = ConsistencyCheck.fields(sets, plan.cohort)
     for index, signature in message.signatures:
         if index not in eligible:
             raise CoordinatorError(AbortReason.BAD_SETS, f"a signature of {index}, which is no surviving holder")
-        if not _signed_sets(state, index, signature):
+        if not _signed_sets(state, fields, index, signature):
             name = plan.roster[index].participant
             raise CoordinatorError(AbortReason.BAD_PEER_SIGNATURE, f"{name} did not sign these survivors")
     if len(message.signatures) < plan.graph.threshold:
@@ -472,9 +473,9 @@ def _unmask(state: SignedSets, message: SurvivorSignatures) -> Step:
     return Step(Unmasked(session, message, sent), (record, Send(sent)))
 
 
-def _signed_sets(state: SignedSets, index: int, signature: bytes) -> bool:
+def _signed_sets(state: SignedSets, fields: bytes, index: int, signature: bytes) -> bool:
     session = state.session
     if index == session.index:
         return signature == state.sent.signature
-    signed = ConsistencyCheck.signed_bytes(state.sets, session.plan.cohort, session=session.id, sender=index)
+    signed = ConsistencyCheck.signed_over(fields, session=session.id, sender=index)
     return keys.verify_signature(state.peers[index].signing_key, signature, signed)

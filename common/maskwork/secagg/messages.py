@@ -13,6 +13,8 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import numpy as np
+
 from maskwork.secagg.errors import AbortReason, DeclineCode
 from maskwork.secagg.keys import (
     AEAD_KEY_BYTES,
@@ -37,12 +39,12 @@ class MessageError(ValueError):
 
 def encode_members(members: Members, size: int) -> bytes:
     """A set of roster indices as ceil(size / 8) bytes; index i is bit i % 8, least first, of byte i // 8."""
-    bits = bytearray((size + 7) // 8)
-    for index in members:
-        if not 0 <= index < size:
-            raise MessageError(f"index {index} is not in a roster of {size}")
-        bits[index >> 3] |= 1 << (index & 7)
-    return bytes(bits)
+    if members and not (min(members) >= 0 and max(members) < size):
+        outside = next(index for index in members if not 0 <= index < size)
+        raise MessageError(f"index {outside} is not in a roster of {size}")
+    bits = np.zeros(size, np.uint8)
+    bits[np.fromiter(members, np.intp, len(members))] = 1
+    return np.packbits(bits, bitorder="little").tobytes()
 
 
 def decode_members(bitmap: bytes, size: int) -> Members:
@@ -53,7 +55,8 @@ def decode_members(bitmap: bytes, size: int) -> Members:
     """
     if len(bitmap) != (size + 7) // 8:
         raise MessageError(f"a bitmap over {size} members has {(size + 7) // 8} bytes, not {len(bitmap)}")
-    members = frozenset(i for i in range(len(bitmap) * 8) if bitmap[i >> 3] >> (i & 7) & 1)
+    bits = np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little")
+    members = frozenset(np.flatnonzero(bits).tolist())
     if members and max(members) >= size:
         raise MessageError(f"a bitmap names a member beyond the roster of {size}")
     return members
@@ -155,10 +158,19 @@ class ConsistencyCheck:
         _exact(self.signature, SIGNATURE_BYTES, "signature")
 
     @staticmethod
-    def signed_bytes(sets: SurvivorSets, size: int, *, session: bytes, sender: int) -> bytes:
-        """What the signature covers: the bitmaps U1, U2 and U3."""
-        fields = b"".join(encode_members(members, size) for members in (sets.u1, sets.u2, sets.u3))
+    def fields(sets: SurvivorSets, size: int) -> bytes:
+        """The bitmaps U1, U2 and U3, which every member's signature covers."""
+        return b"".join(encode_members(members, size) for members in (sets.u1, sets.u2, sets.u3))
+
+    @staticmethod
+    def signed_over(fields: bytes, *, session: bytes, sender: int) -> bytes:
+        """What one member's signature covers, for whoever looks at many of them."""
         return signed_message("consistency-check", session=session, sender=sender, fields=fields)
+
+    @classmethod
+    def signed_bytes(cls, sets: SurvivorSets, size: int, *, session: bytes, sender: int) -> bytes:
+        """What the signature covers: the bitmaps U1, U2 and U3."""
+        return cls.signed_over(cls.fields(sets, size), session=session, sender=sender)
 
 
 @dataclass(frozen=True, slots=True)
