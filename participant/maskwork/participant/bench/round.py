@@ -78,6 +78,8 @@ async def _timed(children: Children, folder: Path, options: Options, model: Path
     rounds: dict[str, list[RoundCommitted]] = {kind: [] for kind in kinds}
     work: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     between: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for federation in made.values():  # everybody has loaded what it needs when the first job that counts begins
+        await run_job(federation, federations.job(federation, rounds=WARM_UP, preset=options.preset), model)
     for _ in range(options.turns):
         for kind, federation in made.items():
             spec = federations.job(federation, rounds=WARM_UP + options.rounds, preset=options.preset)
