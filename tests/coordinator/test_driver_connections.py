@@ -138,7 +138,7 @@ async def test_a_site_that_does_not_read_its_messages_is_cut_off(tmp_path: Path)
         sites["site-a"]._pump.cancel()
         message = codec.encode_response(bytes(32), SessionClosed(False, "x"), 0)
         for _ in range(100):
-            deaf.send(message)
+            deaf.send(lambda: message)
         assert deaf._closed
         read = 0
         while await deaf.next_response() is not None:

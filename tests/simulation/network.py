@@ -21,7 +21,7 @@ from tests.simulation.operations import Channel
 from tests.simulation.processes import TASK, CoordinatorProcess, Fuse
 
 from maskwork.coordinator.happenings import PeerConnected, PeerGone, PeerMisbehaved, PeerSaid, UploadBegan, UploadEnded
-from maskwork.coordinator.peers import Peer
+from maskwork.coordinator.peers import Outgoing, Peer
 from maskwork.coordinator.spool import SpoolWriter, UploadRefused
 from maskwork.participant.client import TransferError
 from maskwork.secagg.keys import Segment
@@ -51,7 +51,7 @@ class FusedPeer(Peer):
 
     fuse: Fuse
 
-    def send(self, response: federation_pb2.ConnectResponse) -> None:
+    def send(self, response: Outgoing) -> None:
         """As production sends."""
         self.fuse.tick()
         super().send(response)

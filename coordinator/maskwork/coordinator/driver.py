@@ -16,6 +16,7 @@ import hashlib
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import assert_never
 
@@ -328,7 +329,7 @@ class Driver:
             await before[0].lose(before[1], DropReason.DISCONNECTED, "came back with another certificate")
         if peer.active_session:
             closed = SessionClosed(released=False, phrase="that session is over")
-            peer.send(codec.encode_response(peer.active_session, closed, 0))
+            peer.send(partial(codec.encode_response, peer.active_session, closed, 0))
 
     def _readmit(self, name: str) -> None:
         if self._jobs.run is not None:

@@ -6,7 +6,9 @@ The service fills these in from the TLS connection and empties the queue; the dr
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from maskwork.coordinator.rounds import PresentSite
 from maskwork.wire.v1 import federation_pb2
@@ -15,6 +17,11 @@ OUTBOX_LIMIT = 64
 """A session puts fewer than ten messages in a row to one participant; a reader that far behind is gone."""
 UNHANDLED_LIMIT = 8
 """Messages of one participant that wait for the driver: the rest of a flood waits at its sender, not before others."""
+
+
+Outgoing: TypeAlias = Callable[[], federation_pb2.ConnectResponse]
+"""A message that is put together when its turn has come: a stage of a large cohort opens for everybody at once, and all
+messages together would be as large as the cohort times its degree."""
 
 
 @dataclass(eq=False, slots=True)
@@ -38,9 +45,7 @@ class Peer:
     succeeds_another: bool = False
     welcomed_by: bytes = field(default=b"", repr=False)
     displaced: bool = False
-    _outbox: asyncio.Queue[federation_pb2.ConnectResponse | None] = field(
-        default_factory=lambda: asyncio.Queue(OUTBOX_LIMIT + 1), repr=False
-    )
+    _outbox: asyncio.Queue[Outgoing | None] = field(default_factory=lambda: asyncio.Queue(OUTBOX_LIMIT + 1), repr=False)
     _room: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(UNHANDLED_LIMIT), repr=False)
     _closed: bool = False
 
@@ -49,7 +54,7 @@ class Peer:
         """The participant's name."""
         return self.site.name
 
-    def send(self, response: federation_pb2.ConnectResponse) -> None:
+    def send(self, response: Outgoing) -> None:
         """Queue a message; a peer that does not read its messages is closed."""
         if self._closed:
             return
@@ -74,4 +79,5 @@ class Peer:
 
     async def next_response(self) -> federation_pb2.ConnectResponse | None:
         """What to send next; None: end the stream."""
-        return await self._outbox.get()
+        outgoing = await self._outbox.get()
+        return None if outgoing is None else outgoing()

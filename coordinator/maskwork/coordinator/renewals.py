@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
@@ -82,4 +83,4 @@ class Renewals:
         """Tell a participant of the certificate that signs plans, unless its connection was told."""
         if peer.welcomed_by and peer.welcomed_by != federation.certificate:
             peer.welcomed_by = federation.certificate
-            peer.send(codec.encode_response(b"", codec.Welcome(VERSION, federation.certificate), 0))
+            peer.send(partial(codec.encode_response, b"", codec.Welcome(VERSION, federation.certificate), 0))

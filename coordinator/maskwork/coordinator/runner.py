@@ -11,6 +11,7 @@ import asyncio
 import shutil
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ParamSpec, Protocol, TypeVar, assert_never
 
 import structlog
@@ -193,7 +194,7 @@ class SessionRunner:
         if peer is None:
             return  # away: it is told again when it comes back
         response = self._offer(peer) if isinstance(message, Proposal) else message
-        peer.send(codec.encode_response(self.session.id, response, self.session.plan.cohort))
+        peer.send(partial(codec.encode_response, self.session.id, response, self.session.plan.cohort))
 
     def _offer(self, peer: Peer) -> codec.OpenSession:
         return self._around.audit.shown(self.session.opening(), peer.audit_size)
