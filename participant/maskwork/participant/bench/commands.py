@@ -112,4 +112,5 @@ def _show_scale(measured: dict[str, Any]) -> None:
         uploads = f"{done['uplink_bytes'] / 1e6:.1f} MB"
         table.add_row(str(number), f"{done['round_s']:.2f} s", str(done["survivors"]), *stages, uploads)
     console.print(table)
-    console.print(f"the coordinator's peak memory: {measured['coordinator_peak_mib']:.0f} MiB")
+    used = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in measured["cpu_s"].items())
+    console.print(f"the coordinator's peak memory: {measured['coordinator_peak_mib']:.0f} MiB; processor time: {used}")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from maskwork.bench.cpu import cpu_seconds
 from maskwork.bench.memory import MIB, PeakMemory
 from maskwork.job_events import STAGES
 from maskwork.participant.bench import federation as federations
@@ -62,8 +63,12 @@ async def _round(
         command = (sys.executable, "-P", "-m", "maskwork.participant.bench.crowd", *arguments)
         await children.start_command(f"crowd-{i}", *command)
     memory = PeakMemory({"coordinator": children.pid(federation.name("coordinator"))})
+    pids = {f"crowd-{i}": children.pid(f"crowd-{i}") for i in range(options.processes)} | memory.roots
     watching = asyncio.create_task(memory.watch(0.2))
+    before = {name: cpu_seconds(pid) for name, pid in pids.items()}
     committed = await run_job(federation, federations.job(federation, rounds=options.rounds), model)
+    used = {name: cpu_seconds(pid) - before[name] for name, pid in pids.items()}
+    coordinator_s = used.pop("coordinator")
     watching.cancel()
     with suppress(asyncio.CancelledError):
         await watching
@@ -76,4 +81,8 @@ async def _round(
         }
         for done in committed
     ]
-    return {"rounds": rounds, "coordinator_peak_mib": round(memory.peaks["coordinator"] / MIB, 1)}
+    return {
+        "rounds": rounds,
+        "coordinator_peak_mib": round(memory.peaks["coordinator"] / MIB, 1),
+        "cpu_s": {"coordinator": coordinator_s, "participants together": sum(used.values())},  # their start included
+    }
