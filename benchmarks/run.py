@@ -130,7 +130,9 @@ def scale(figures: Figures) -> str:
     shape = figures["shape"]
     said = (
         f"{shape['participants']:,} participants in {shape['processes']} processes, d = {shape['parameters']:,}; "
-        f"the coordinator's peak memory is {figures['coordinator_peak_mib']:.0f} MiB.\n"
+        f"the coordinator's peak memory is {figures['coordinator_peak_mib']:.0f} MiB. Processor time: "
+        + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in figures["cpu_s"].items())
+        + ".\n"
     )
     return said + "\n" + table(header, rows)
 
@@ -180,7 +182,7 @@ BENCHMARKS = (
     Benchmark(
         "scale",
         ("scale", "--participants", "150", "--params", "100000"),
-        ("scale", "--participants", "1000", "--params", "100000"),
+        ("scale", "--participants", "1000", "--params", "100000", "--processes", "2"),
         scale,
     ),
 )
@@ -256,11 +258,12 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the sizes of docs/performance.md")
     parser.add_argument("--only", action="append", choices=[b.name for b in BENCHMARKS], help="may be repeated")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--page", action="store_true", help="run nothing: write the page anew from the figures kept")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Figures] = {}
     for i, benchmark in enumerate(BENCHMARKS, 1):
-        if options.only and benchmark.name not in options.only:
+        if options.page or (options.only and benchmark.name not in options.only):
             kept = options.out / f"{benchmark.name}.json"
             if kept.exists():
                 figures[benchmark.name] = json.loads(kept.read_text())
