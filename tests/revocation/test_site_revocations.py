@@ -147,6 +147,9 @@ async def test_a_list_that_is_not_good_is_declined_and_leaves_no_trace(
     table: Table, make: Callable[[], bytes], said: str
 ) -> None:
     assert await takes_part(table, offer_with(table, FIVE, 5))
+    async with asyncio.timeout(30):
+        while "train" not in table.worker.calls:  # it says that it takes part before the training has begun
+            await asyncio.sleep(0.001)
     table.worker.calls.clear()
     assert said in await refusal(table, offer_with(table, make(), 6, attempt=2))
     assert table.ledger.highest_revocation_number(FED) == 5
