@@ -142,14 +142,19 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
+async def training_began(table: Table) -> None:
+    """A site says that it takes part a moment before its training begins."""
+    async with asyncio.timeout(30):
+        while "train" not in table.worker.calls:
+            await asyncio.sleep(0.001)
+
+
 @pytest.mark.parametrize(("make", "said"), BAD.values(), ids=BAD)
 async def test_a_list_that_is_not_good_is_declined_and_leaves_no_trace(
     table: Table, make: Callable[[], bytes], said: str
 ) -> None:
     assert await takes_part(table, offer_with(table, FIVE, 5))
-    async with asyncio.timeout(30):
-        while "train" not in table.worker.calls:  # it says that it takes part before the training has begun
-            await asyncio.sleep(0.001)
+    await training_began(table)
     table.worker.calls.clear()
     assert said in await refusal(table, offer_with(table, make(), 6, attempt=2))
     assert table.ledger.highest_revocation_number(FED) == 5
@@ -180,6 +185,7 @@ async def test_what_was_seen_is_not_taken_back(
     table = await Table(tmp_path / "site").start()
     try:
         assert await takes_part(table, offer_with(table, FIVE, 5))
+        await training_began(table)
         if restarted:
             await table.close()
             table = await Table(tmp_path / "site").start()
