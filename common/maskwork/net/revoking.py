@@ -5,10 +5,8 @@ so numbers are 1, 2, 3 whoever signs. It is NOT where lists are judged (`maskwor
 is made here) and puts nothing anywhere but into the CA's directory. Time is an argument.
 """
 
-import fcntl
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -22,7 +20,7 @@ from maskwork.net.authority import CA_CERTIFICATE_FILE, CA_EXPECTED, ROOTS_FILE,
 from maskwork.net.identity import TrustRoots, load_certificate
 from maskwork.net.register import PREDECESSOR_FILE, SUCCESSOR_FILE, Register, check_may_sign
 from maskwork.net.revocation import FLAGS, LIST_FILE, NO_LIST, Reason, Revocation, RevocationError, RevocationList
-from maskwork.net.whole_files import write_whole
+from maskwork.net.whole_files import locked, write_whole
 
 LIST_DAYS: Final = 7
 """How long a list is good unless another time is asked for; also the greatest age that sites accept by default."""
@@ -148,19 +146,9 @@ def _refuse_second_successor(ca: Path) -> None:
         )
 
 
-@contextmanager
-def _alone(ca: Path) -> Iterator[None]:
+def _alone(ca: Path) -> AbstractContextManager[None]:
     """One list at a time: two that are made from the same one have the same number, and one loses its entries."""
-    path = ca / LOCK_FILE
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise RevokingError(f"{path} cannot be opened ({error.strerror})") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    return locked(ca / LOCK_FILE, RevokingError)
 
 
 def _write(

@@ -16,14 +16,11 @@ Rules it upholds:
 3. The secret is in no error and no representation, and is compared in constant time, also when there is no such token.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from hmac import compare_digest
 from pathlib import Path
@@ -36,7 +33,7 @@ from maskwork.errors import UserError
 from maskwork.net.identity import Identity, IdentityError, Role
 from maskwork.net.names import malformed
 from maskwork.net.requests import CertificateRequest
-from maskwork.net.whole_files import write_whole
+from maskwork.net.whole_files import locked, write_whole
 
 TOKENS_DIRECTORY: Final = "tokens"
 MAX_TOKEN: Final = 512
@@ -209,20 +206,9 @@ class TokenBook:
         except OSError as error:
             raise TokenError(f"{path} cannot be written ({error.strerror})") from None
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> AbstractContextManager[None]:
         """One claim at a time, whichever process it comes from: a token must not be used up twice."""
-        path = self._directory / ".lock"
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise TokenError(f"{path} cannot be opened ({error.strerror})") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+        return locked(self._directory / ".lock", TokenError)
 
 
 def _check(record: TokenRecord | None, token: Token, request: CertificateRequest, *, now: float) -> None:

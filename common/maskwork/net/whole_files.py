@@ -1,12 +1,15 @@
-"""Writing a small file of an identity so that it is there whole or not at all, even after a power cut; reading a key.
+"""Small files of identities and of a CA: written whole or not at all, even after a power cut; keys read; locks held.
 
 Keys, certificates and revocation lists are written by this, and every file with a key is read by this. It is NOT for
 models, which are larger and named by what they hold (`maskwork.tensors`), and decides nothing about replacing what is
 there: it does replace it.
 """
 
+import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from maskwork.errors import UserError
@@ -31,6 +34,25 @@ def read_private(path: Path, *, most: int = -1) -> bytes:
         if open_to_others(os.fstat(file.fileno())):
             raise OpenToOthers(f"{path}: others can read or write this key: run `chmod 600 {path}`")
         return file.read(most)
+
+
+@contextmanager
+def locked(path: Path, failure: type[UserError]) -> Iterator[None]:
+    """Hold the lock file `path`, whose directory is made if missing; whoever else wants it waits, in any process.
+
+    Raises:
+        UserError: Of the type `failure`: the file cannot be opened.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise failure(f"{path} cannot be opened ({error.strerror})") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def open_to_others(found: os.stat_result) -> bool:

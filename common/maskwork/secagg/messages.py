@@ -39,9 +39,9 @@ class MessageError(ValueError):
 
 def encode_members(members: Members, size: int) -> bytes:
     """A set of roster indices as ceil(size / 8) bytes; index i is bit i % 8, least first, of byte i // 8."""
-    if members and not (min(members) >= 0 and max(members) < size):
-        outside = next(index for index in members if not 0 <= index < size)
-        raise MessageError(f"index {outside} is not in a roster of {size}")
+    outside = [index for index in members if not 0 <= index < size]
+    if outside:
+        raise MessageError(f"index {outside[0]} is not in a roster of {size}")
     bits = np.zeros(size, np.uint8)
     bits[np.fromiter(members, np.intp, len(members))] = 1
     return np.packbits(bits, bitorder="little").tobytes()

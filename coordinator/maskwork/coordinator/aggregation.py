@@ -13,11 +13,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Final, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
-from maskwork.coordinator import sealed_sum
+from maskwork.coordinator import additions, sealed_sum
 from maskwork.coordinator.forks import processors, shared_vector
 from maskwork.coordinator.models import ModelStore, fsync
 from maskwork.coordinator.shape import SessionShape
@@ -27,7 +27,7 @@ from maskwork.secagg import masking
 from maskwork.secagg.encoding import Encoding, decode_statistics
 from maskwork.secagg.errors import DealerEquivocated
 from maskwork.secagg.keys import rotation_seed
-from maskwork.secagg.ring import UInt8Array, UInt32Array, UInt64Array, packed_size
+from maskwork.secagg.ring import UInt32Array, UInt64Array
 from maskwork.secagg.unmasking import UnmaskingJob
 from maskwork.tensors import Float32Array, ModelFileError, file_bytes, first_non_finite, read_vector, write_model_to
 
@@ -70,8 +70,6 @@ class Implausible:
     detail: str
 
 
-_TILE: Final = 1 << 18  # coordinates of a sum at a time: a megabyte, which stays in the cache; a multiple of 8
-
 Release: TypeAlias = Released | Convicted | Implausible
 
 
@@ -102,37 +100,10 @@ def add_upload(accumulator: Path, upload: Path, shape: SessionShape, seal: Uploa
         return
     if upload.stat().st_size != shape.upload_bytes:
         raise ValueError(f"an upload of {upload.stat().st_size} bytes where {shape.upload_bytes} were due")
-    tile, packed = np.empty(_TILE, np.uint32), np.empty(packed_size(_TILE, shape.ring_bits), np.uint8)
-    adder = masking.Adder(shape.ring_bits)
-    with accumulator.open("r+b", buffering=0) as total, upload.open("rb", buffering=0) as added:
-        # Read and written rather than mapped: a page fault for each 4 KiB took longer than the additions.
-        for start in range(0, shape.parameters, _TILE):
-            count = min(_TILE, shape.parameters - start)
-            part, arrived = tile[:count], packed[: packed_size(count, shape.ring_bits)]
-            at = 8 * shape.statistics + 4 * start
-            _read_at(total, at, part.view(np.uint8))
-            _read_at(added, start * shape.ring_bits // 8, arrived)
-            adder.add(part, arrived)
-            _write_at(total, at, part.view(np.uint8))
-        statistics, masked = np.empty(shape.statistics, np.uint64), np.empty(shape.statistics_bytes, np.uint8)
-        _read_at(total, 0, statistics.view(np.uint8))
-        _read_at(added, shape.update_bytes, masked)
-        masking.accumulate_statistics(statistics, masked.tobytes())
-        _write_at(total, 0, statistics.view(np.uint8))
+    # Read and written rather than mapped: a page fault for each 4 KiB took longer than the additions.
+    with accumulator.open("rb") as total, upload.open("rb") as added, accumulator.open("r+b") as changed:
+        additions.add(total, added, shape, changed.write)
     upload.unlink()
-
-
-def _read_at(file: BinaryIO, at: int, out: UInt8Array) -> None:
-    file.seek(at)
-    if (length := file.readinto(out.data)) != len(out):  # type: ignore[attr-defined]  # BinaryIO lacks it
-        raise ValueError(f"{file.name} ends at byte {at + length} where {len(out)} more were due")
-
-
-def _write_at(file: BinaryIO, at: int, data: UInt8Array) -> None:
-    file.seek(at)
-    left = data.data
-    while left:
-        left = left[file.write(left) :]
 
 
 def make_durable(accumulator: Path) -> None:

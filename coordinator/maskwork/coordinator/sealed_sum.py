@@ -4,23 +4,20 @@ A sealed file cannot be changed in place, so each addition writes the next accum
 its place in one step: a worker that dies in the middle leaves the sum as it was. Both are streamed; nothing in memory
 is as long as the update.
 
-It decides nothing; `aggregation` calls it in the place of the memory-mapped file.
+It decides nothing; `aggregation` calls it in the place of the plain file.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 
+from maskwork.coordinator import additions
 from maskwork.coordinator.sealed import SealedReader, SealedWriter
 from maskwork.coordinator.shape import SessionShape
 from maskwork.coordinator.vault import UploadSeal, Vault
-from maskwork.secagg import masking
-from maskwork.secagg.ring import UInt32Array, UInt64Array, packed_size
-
-_TILE: Final = 1 << 18  # coordinates at a time; a multiple of 8, so that a tile of packed ones begins with a byte
+from maskwork.secagg.ring import UInt32Array, UInt64Array
 
 
 def create(path: Path, vault: Vault, session: bytes) -> None:
@@ -43,12 +40,22 @@ def add(accumulator: Path, upload: Path, shape: SessionShape, seal: UploadSeal) 
                 raise ValueError(f"an upload of {added.size} bytes where {shape.upload_bytes} were due")
             with following.open("w+b", buffering=0) as file:
                 writer = SealedWriter(file)
-                _add(total, added, shape, writer)
+                _check_length(total, shape)
+                additions.add(total if total.size else _Zeros(), added, shape, writer.write)
                 writer.seal(seal.total, seal.vault.keys.current)
         following.replace(accumulator)
     finally:
         following.unlink(missing_ok=True)
     upload.unlink()
+
+
+class _Zeros:
+    """An accumulator to which nothing was added yet."""
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill the buffer."""
+        buffer[:] = bytes(len(buffer))
+        return len(buffer)
 
 
 def read(accumulator: Path, shape: SessionShape, vault: Vault, session: bytes) -> tuple[UInt64Array, UInt32Array]:
@@ -64,24 +71,6 @@ def read(accumulator: Path, shape: SessionShape, vault: Vault, session: bytes) -
         file.readinto(statistics.view(np.uint8).data)
         file.readinto(update.view(np.uint8).data)
     return statistics, update
-
-
-def _add(total: SealedReader, added: SealedReader, shape: SessionShape, writer: SealedWriter) -> None:
-    _check_length(total, shape)
-    statistics = np.zeros(shape.statistics, np.uint64)
-    total.readinto(statistics.view(np.uint8).data)
-    added.seek(shape.update_bytes)
-    masking.accumulate_statistics(statistics, added.read(shape.statistics_bytes))
-    writer.write(statistics.view(np.uint8).data)
-    added.seek(0)
-    adder = masking.Adder(shape.ring_bits)
-    for start in range(0, shape.parameters, _TILE):
-        tile = np.zeros(min(_TILE, shape.parameters - start), np.uint32)
-        packed = np.empty(packed_size(len(tile), shape.ring_bits), np.uint8)
-        total.readinto(tile.view(np.uint8).data)
-        added.readinto(packed.data)
-        adder.add(tile, packed)
-        writer.write(tile.view(np.uint8).data)
 
 
 def _check_length(total: SealedReader, shape: SessionShape) -> None:

@@ -19,8 +19,8 @@ from maskwork.coordinator.forks import each_in_a_process
 from maskwork.secagg.encoding import Encoding, Rotation, decode_sum
 from maskwork.secagg.masking import remove_masks
 from maskwork.secagg.prg import KEY_BYTES, SignedKey
-from maskwork.secagg.ring import UInt32Array
-from maskwork.secagg.rotation import MAX_BLOCK, Float32Array, block_length
+from maskwork.secagg.ring import CACHE_LINE, UInt32Array
+from maskwork.secagg.rotation import Float32Array, block_length
 from maskwork.secagg.unmasking import RemainingMasks, UnmaskingJob, remaining_masks
 
 RANGE: Final = 1 << 20
@@ -88,7 +88,7 @@ def unmask(
         total_weight: Sum of the survivors' weights.
         model: float32[d]; becomes the next model. With several processes it lies in shared memory.
         processes: The most to use; fewer where there is little to do.
-        beside: Something else to be done meanwhile, in a process of its own where there are several.
+        beside: Something else to be done meanwhile, in a process of its own.
 
     Raises:
         ValueError: As `decode_sum`.
@@ -116,16 +116,14 @@ def unmask(
                 model[begin:end] += mean
 
     works: list[Callable[[], object]] = [partial(part, start, stop) for start, stop in ranges]
-    if beside is not None and processes > 1:
+    if beside is not None:
         works.append(beside)
     each_in_a_process(works)
-    if beside is not None and processes == 1:
-        beside()
 
 
 def cut(length: int, count: int, *, rotated: bool) -> list[tuple[int, int]]:
     """[0, length) in up to `count` ranges of about the same length, cut where a rotated vector may be cut."""
-    unit = block_length(length) if rotated else min(MAX_BLOCK, 64)
+    unit = block_length(length) if rotated else CACHE_LINE
     blocks = max(1, length // unit)  # the last one holds the tail
     edges = sorted({blocks * i // count * unit for i in range(count)})
     return list(zip(edges, [*edges[1:], length], strict=True))

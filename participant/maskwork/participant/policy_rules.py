@@ -149,7 +149,7 @@ def _with_whom(policy: Policy, plan: RoundPlan) -> Iterator[Finding]:
         code=DeclineCode.TOO_FEW_SURVIVORS,
         detail=f"cohort {plan.cohort} < survivors {policy.min_survivors}",
     )
-    trusted = sum(map(policy.trusted.__contains__, (entry.participant for entry in plan.roster)))
+    trusted = len(policy.trusted.intersection(entry.participant for entry in plan.roster))
     yield _finding(
         policy,
         "min_trusted_survivors",
