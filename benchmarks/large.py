@@ -17,13 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from maskwork.bench.memory import MIB, PeakMemory
 from maskwork.participant.bench import federation as federations
 from maskwork.participant.bench.round import run_job
 from maskwork.participant.local.children import Children
-from maskwork.tensors import Schema, TensorSpec, write_model
 
 
 def used(folder: Path) -> int:
@@ -45,9 +42,7 @@ async def watch_disk(folder: Path, peak: list[int]) -> None:
 async def measure(folder: Path, parameters: int, participants: int) -> dict[str, Any]:
     """Run it."""
     (folder / "logs").mkdir()
-    model = folder / "initial.safetensors"
-    schema = Schema((TensorSpec("weights", "F32", (parameters,)),))
-    write_model(model, schema, np.zeros(parameters, np.float32), {})
+    model = federations.write_initial_model(folder, parameters)
     sites = tuple(f"site-{i}" for i in range(participants))
     federation = federations.create(folder / "large", sites)
     async with Children(folder / "logs") as children:

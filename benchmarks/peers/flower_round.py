@@ -129,8 +129,9 @@ def tree(pid: int) -> list[int]:
     """A process and all its descendants, as far as they are still there."""
     found = [pid]
     for parent in found:
-        with suppress(OSError):
-            found += [int(child) for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+        for thread in Path(f"/proc/{parent}/task").glob("*/children"):  # a child belongs to the thread that started it
+            with suppress(OSError):
+                found += [int(child) for child in thread.read_text().split()]
     return found
 
 

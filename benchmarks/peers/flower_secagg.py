@@ -3,7 +3,7 @@
     benchmarks/peers/.venv/bin/python benchmarks/peers/flower_secagg.py --participants 10 --params 1000000 --dropouts 3
 
 Flower's own code does all the work: `SecAggPlusWorkflow` on the server's side and `secaggplus_mod` on the other,
-joined by a `Grid` that calls the mod instead of sending anything. Times are taken at the borders of the functions that
+joined by what stands for its `Grid` and calls the mod at once. Times are taken at the borders of the functions that
 those two call, and around their stages; what the joint itself takes is left out. Each side runs in a process of its
 own, so that its peak of memory is its own: in the participant's, one participant uploads; in the server's, uploads
 arrive masked from a third process.
@@ -14,10 +14,10 @@ It is NOT a deployment (that is `flower_round.py`): the model is not sent out, a
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 import logging
-import pickle
 import resource
 import statistics
 import sys
@@ -43,7 +43,6 @@ from flwr.server.strategy import FedAvg
 from flwr.server.workflow.constant import MAIN_CONFIGS_RECORD, MAIN_PARAMS_RECORD
 from flwr.server.workflow.constant import Key as WorkflowKey
 from flwr.server.workflow.secure_aggregation.secaggplus_workflow import SecAggPlusWorkflow, WorkflowState
-from flwr.serverapp.grid import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 # Flower's packages hide these two modules behind a function and a class of theirs.
@@ -163,8 +162,11 @@ class Participant:
         return mod_module.secaggplus_mod(message, self.context, fit)
 
 
-class Joint(Grid):
-    """Hands the workflow's messages to participants of this very process, and masked uploads to `collect`."""
+class Joint:
+    """In the place of Flower's Grid, as far as the workflow asks for one.
+
+    It hands the workflow's messages to participants of this very process, and masked uploads to `collect`.
+    """
 
     def __init__(self, shape: Shape, collect: Callable[[Participant, Message], Message]) -> None:
         """Participants 1 to n; `collect` answers the messages that ask for a masked upload."""
@@ -182,7 +184,7 @@ class Joint(Grid):
         stage = message.content.config_records[RECORD_KEY_CONFIGS][Key.STAGE]
         node_id = message.metadata.dst_node_id
         # As if it had come over a wire: what a participant takes out of a message must not be missing from the next.
-        message = pickle.loads(pickle.dumps(message))
+        message = copy.deepcopy(message)
         if stage == Stage.COLLECT_MASKED_VECTORS:
             return self._collect(self.participants[node_id], message)
         began = time.perf_counter()
@@ -190,29 +192,9 @@ class Joint(Grid):
         self.first.setdefault(str(stage), []).append(time.perf_counter() - began)
         return answer
 
-    def set_run(self, run: object) -> None:
-        """There is only one."""
-
-    @property
-    def run(self) -> Any:  # noqa: ANN401 - of a type that nobody here needs
-        """Nobody asks."""
-        raise NotImplementedError
-
-    def create_message(self, *args: object, **named: object) -> Message:
-        """Nobody asks."""
-        raise NotImplementedError
-
     def get_node_ids(self) -> Iterable[int]:
         """Everybody is there."""
         return list(self.participants)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Nobody asks."""
-        raise NotImplementedError
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Nobody asks."""
-        raise NotImplementedError
 
 
 def no_training(message: Message, context: Context) -> Message:

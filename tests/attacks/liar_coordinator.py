@@ -255,7 +255,7 @@ class Liar:
             "training_digest": hashlib.sha256(CONFIG).digest(),
             "roster": tuple(RosterEntry(n, fingerprint(c)) for n, c in zip(names, certificates, strict=True)),
             "encoding": Encoding(1.0, EXAMPLES, 16, 20, Rotation.NONE),
-            "statistics": (StatisticSpec("examples", EXAMPLES), StatisticSpec("loss", 1_000.0)),
+            "statistics": (StatisticSpec("examples", EXAMPLES), StatisticSpec("train.loss", 1_000.0)),
         }
         if "model_digest" not in changes:
             values["model_digest"] = self.model(0.0)

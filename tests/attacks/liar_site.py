@@ -149,7 +149,7 @@ class RingElements(AddsAConstant):
 
     def __init__(self, element: int, *, examples: float = EXAMPLES) -> None:
         super().__init__()
-        self._element, self._examples = element, examples
+        self._element, self._claimed = element, examples
 
     def _mask(self, request: MaskRequest) -> MaskResult:
         size, bits = self._parameters[request.session_id], request.encoding.ring_bits
@@ -158,7 +158,7 @@ class RingElements(AddsAConstant):
         packed = np.zeros(packed_size(size, bits), np.uint8)
         pack(ring, bits, packed)
         request.output.write_bytes(packed.tobytes())
-        values = [self._examples, *(0.0 for _ in request.statistics[1:])]
+        values = [self._claimed, *(0.0 for _ in request.statistics[1:])]
         limits = [max(s.bound, abs(v)) for s, v in zip(request.statistics, values, strict=True)]
         encoded = encode_statistics(values, limits, [s.name for s in request.statistics])
         return MaskResult(packed.nbytes, mask_statistics(encoded, request.keys.statistics), 0)

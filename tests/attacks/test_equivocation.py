@@ -48,7 +48,7 @@ OTHER_PLANS: Final[dict[str, Callable[[Liar, RoundPlan], RoundPlan]]] = {
     "roster": lambda _, plan: replace(plan, roster=plan.roster[::-1]),
     "a member more": lambda liar, plan: liar.plan((*SITES, "site-e"), model_digest=plan.model_digest),
     "clip norm": lambda _, plan: replace(plan, encoding=Encoding(2.0, 10, 16, 20, Rotation.NONE)),
-    "statistics": lambda _, plan: replace(plan, statistics=(plan.statistics[0], StatisticSpec("loss", 1.0))),
+    "statistics": lambda _, plan: replace(plan, statistics=(plan.statistics[0], StatisticSpec("train.loss", 1.0))),
     "deadlines": lambda _, plan: replace(plan, deadlines=replace(plan.deadlines, unmask_ms=1)),
     "nonce": lambda _, plan: replace(plan, nonce=bytes(16)),
 }

@@ -113,6 +113,17 @@ def test_an_upload_of_another_length_changes_nothing(session: Session, tmp_path:
     assert session.accumulator.read_bytes() == before
 
 
+def test_a_sum_that_was_cut_short_is_no_sum_of_zeros(session: Session, tmp_path: Path) -> None:
+    upload = tmp_path / "upload"
+    upload.write_bytes(bytes(session.shape.upload_bytes))
+    whole = session.accumulator.read_bytes()
+    for kept in (0, 8, len(whole) - 1):
+        session.accumulator.write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match="cut short"):
+            aggregation.add_upload(session.accumulator, upload, session.shape)
+        assert upload.exists()
+
+
 @pytest.mark.parametrize("examples", [4.0, 5 * 100 + 1.0, 100.5, -3.0])
 def test_example_counts_that_no_honest_survivors_can_have_are_implausible(session: Session, examples: float) -> None:
     honest = sum(weight_of(i) for i in session.survivors)

@@ -8,80 +8,33 @@ at work, these must get their jobs done.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, ParamSpec, TypeVar
+from typing import Final
 
-import numpy as np
 from tests.e2e.services import Service, World
 
 from maskwork.job import Cohort, Deadlines, EncodingSpec, JobSpec
-from maskwork.net.diagnosis import load_private_key
-from maskwork.net.identity import IdentityFiles, ParticipantVerifier, Role, TrustRoots, load_certificate, to_der
+from maskwork.net.identity import IdentityFiles, Role, certificate_identity, load_certificate
+from maskwork.participant.bench.light import LightWorker, participant
 from maskwork.participant.client import CoordinatorLink
 from maskwork.participant.config import TaskConfig
 from maskwork.participant.driver import Driver
 from maskwork.participant.ledger import Ledger
 from maskwork.participant.policy import Policy
-from maskwork.participant.training_calls import MaskRequest, MaskResult, TrainRequest, TrainSummary
-from maskwork.participant.work import SiteIdentity, Worker
-from maskwork.secagg import masking
-from maskwork.secagg.encoding import encode_statistics
-from maskwork.secagg.keys import SoftwareSigner
-from maskwork.secagg.ring import packed_size
-from maskwork.tensors import read_schema
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from maskwork.participant.work import Worker
 
 HONEST: Final = ("honest-a", "honest-b", "honest-c")
 EXAMPLES: Final = 10
 
 
-class AddsAConstant:
+class AddsAConstant(LightWorker):
     """A training worker without a process: every parameter goes up by `step`."""
 
     def __init__(self, step: float = 0.25) -> None:
-        self._step = step
-        self._parameters: dict[bytes, int] = {}
-
-    async def start(self) -> None:
-        pass
-
-    async def close(self) -> None:
-        pass
-
-    async def call(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        (argument,) = args
-        done = {"train": self._train, "mask": self._mask, "discard": self._discard}[function.__name__]
-        return await asyncio.to_thread(done, argument)  # type: ignore[arg-type]  # by the function's name
-
-    def _train(self, request: TrainRequest) -> TrainSummary:
-        self._parameters[request.session_id] = read_schema(request.model_path).size
-        return TrainSummary(EXAMPLES, {"loss": 0.5}, 0, {}, 1.0, 0.0)
-
-    def _mask(self, request: MaskRequest) -> MaskResult:
-        size = self._parameters[request.session_id]
-        packed = np.zeros(packed_size(size, request.encoding.ring_bits), np.uint8)
-        masking.mask_update(
-            np.full(size, self._step, np.float32),
-            EXAMPLES,
-            encoding=request.encoding,
-            keys=request.keys,
-            rotation_seed=request.rotation_seed,
-            out_u8=packed,
-        )
-        request.output.write_bytes(packed.tobytes())
-        values = [float(EXAMPLES), *(0.5 * EXAMPLES for _ in request.statistics[1:])]
-        specs = request.statistics
-        encoded = encode_statistics(values, [s.bound for s in specs], [s.name for s in specs])
-        return MaskResult(packed.nbytes, masking.mask_statistics(encoded, request.keys.statistics), 0)
-
-    def _discard(self, session: bytes) -> None:
-        self._parameters.pop(session, None)
+        super().__init__(step, examples=EXAMPLES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,39 +65,21 @@ async def attached(
     prepare: Callable[[Driver, CoordinatorLink], None] = lambda _driver, _link: None,
 ) -> AsyncIterator[Attached]:
     """The same, with a policy and a worker of the caller's; `prepare` sees it before it connects."""
-    roots = TrustRoots.from_file(files.ca)
-    own = roots.verify(to_der(load_certificate(files.cert)), now=time.time(), role=Role.PARTICIPANT)
-    federation, tasks = own.identity.federation, {"gated": TaskConfig(use="m:T")}
     with Ledger.open(state) as ledger:
-        driver = Driver(
-            identity=SiteIdentity(
-                federation,
-                own.name,
-                own.fingerprint,
-                SoftwareSigner(load_private_key(files.key)),
-                ParticipantVerifier(roots, federation),
-            ),
-            ledger=ledger,
-            policy=policy or Policy(min_weight_cap=1),
-            tasks=tasks,
-            seed=1,
-            scratch=state / "scratch",
-            make_worker=lambda _name, _task: worker or AddsAConstant(),
-        )
-        link = driver.link = CoordinatorLink(
+        driver, link = participant(
             target,
             files,
-            roots,
-            federation=federation,
-            tasks=tuple(tasks),
-            active_session=driver.active_session,
-            inbox=driver.inbox,
+            ledger,
+            tasks={"gated": TaskConfig(use="m:T")},
+            policy=policy or Policy(min_weight_cap=1),
+            scratch=state / "scratch",
+            worker=worker or AddsAConstant(),
         )
         prepare(driver, link)
         await driver.prepare()
         running = [asyncio.create_task(driver.run()), asyncio.create_task(link.run())]
         try:
-            yield Attached(own.name, driver, link, ledger)
+            yield Attached(certificate_identity(load_certificate(files.cert)).name, driver, link, ledger)
         finally:
             for task in running:
                 task.cancel()

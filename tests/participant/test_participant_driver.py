@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import hashlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -227,6 +228,21 @@ async def test_certificates_that_do_not_fit_the_roster_are_a_decline(table: Tabl
     offer = table.offer()
     table.link.blobs[offer.certificates_digest] = b"\0\0\0\1x"
     session = await table.propose(offer)
+    (decline,) = table.answers(session, Decline)
+    assert decline.code is DeclineCode.WRONG_MODEL
+
+
+async def test_a_cohorts_certificates_are_fetched_once_and_again_when_they_change(table: Table) -> None:
+    offer = table.offer()
+    await table.propose(offer)
+    del table.link.blobs[offer.certificates_digest]  # they are here
+    again = table.offer(attempt=2)
+    del table.link.blobs[again.certificates_digest]
+    session = await table.propose(again)
+    assert table.answers(session, AdvertiseKeys)
+    other = dataclasses.replace(table.offer(attempt=3), certificates_digest=hashlib.sha256(b"\0\0\0\1x").digest())
+    table.link.blobs[other.certificates_digest] = b"\0\0\0\1x"
+    session = await table.propose(other)
     (decline,) = table.answers(session, Decline)
     assert decline.code is DeclineCode.WRONG_MODEL
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.secagg_numerics import slow_twins
 
 from maskwork.secagg import encoding as enc
-from maskwork.secagg import masking
+from maskwork.secagg import masking, prg
 from maskwork.secagg.encoding import Encoding, EncodingError, Rotation
 from maskwork.secagg.masking import MaskingKeys
 from maskwork.secagg.prg import SignedKey
@@ -93,6 +93,15 @@ def test_pair_masks_cancel_and_the_sum_is_bit_exact(encoding: Encoding) -> None:
         masking.remove_masks(acc[a:b], self_masks, a)
     modulus = 1 << encoding.ring_bits
     assert np.array_equal(acc % np.uint32(modulus) if modulus < 1 << 32 else acc, plain_sum % modulus)
+
+
+def test_more_masks_than_ciphers_at_a_time_are_all_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [SignedKey(bytes([i]) * 16, bool(i % 2)) for i in range(7)]
+    expected, batched = np.zeros(1000, np.uint32), np.zeros(1000, np.uint32)
+    prg.MaskStreams(keys, item_bytes=4, start=5).add_to(expected)
+    monkeypatch.setattr(prg, "_CIPHERS_AT_A_TIME", 3)
+    prg.add_keystreams_u32(batched, keys, 5)
+    assert np.array_equal(batched, expected)
 
 
 def test_encoding_again_gives_the_same_bytes() -> None:

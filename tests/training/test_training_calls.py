@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from maskwork.metrics import statistic_specs
-from maskwork.participant import training_calls
+from maskwork.participant import training, training_calls
 from maskwork.participant.training import train_once
 from maskwork.participant.training_calls import MaskRequest, TaskInfo, TrainRequest, TrainSummary
 from maskwork.secagg.encoding import Encoding, EncodingError, decode_statistics, decode_sum, preset
@@ -113,6 +113,21 @@ def test_one_update_is_kept_under_its_session(tmp_path: Path, model: Path) -> No
     training_calls.discard(OTHER)
     with pytest.raises(TrainingError, match="no update"):
         training_calls.mask(masking(tmp_path / "again", OTHER))
+
+
+def test_what_is_discarded_is_wiped(model: Path) -> None:
+    """Its memory is kept for the next round; the update in it is not."""
+    training_calls.train(request(model))
+    kept = training._state.kept
+    assert kept is not None
+    assert kept.update.any()
+    training_calls.discard(SESSION)
+    assert not kept.update.any()
+    training_calls.train(request(model, OTHER))
+    again = training._state.kept
+    assert again is not None
+    assert again.update is kept.update
+    training_calls.discard(OTHER)
 
 
 def test_a_round_that_fails_keeps_no_earlier_update(tmp_path: Path, model: Path) -> None:

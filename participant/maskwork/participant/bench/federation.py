@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from maskwork.job import Cohort, Deadlines, EncodingSpec, JobSpec
 from maskwork.net.authority import Authority
 from maskwork.net.identity import IdentityFiles, Role
@@ -21,6 +23,7 @@ from maskwork.participant.bench.sizes import EXAMPLES, TASK
 from maskwork.participant.local.children import Children
 from maskwork.participant.local.files import HOST, free_port, toml
 from maskwork.participant.local.logs import coordinator_ready
+from maskwork.tensors import Schema, TensorSpec, write_model
 
 IDLE: Final = "idle"
 """A site with a model of one parameter that takes part in nothing: what a participant's imports alone cost."""
@@ -81,6 +84,14 @@ def create(root: Path, sites: tuple[str, ...], *, plain: bool = False) -> Federa
         (patch / "sitecustomize.py").write_text(_NO_MASKS, encoding="utf-8")
         environment = {"PYTHONPATH": os.pathsep.join(filter(None, (str(patch), os.environ.get("PYTHONPATH", ""))))}
     return Federation(root, port, sites, environment)
+
+
+def write_initial_model(folder: Path, parameters: int) -> Path:
+    """A model of one vector of zeros, as the task has it."""
+    path = folder / "initial.safetensors"
+    schema = Schema((TensorSpec("weights", "F32", (parameters,)),))
+    write_model(path, schema, np.zeros(parameters, np.float32), {})
+    return path
 
 
 async def start_coordinator(children: Children, federation: Federation) -> None:

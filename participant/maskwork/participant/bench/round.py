@@ -16,8 +16,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from maskwork.bench.cpu import cpu_seconds
 from maskwork.bench.memory import MIB, PeakMemory
 from maskwork.job import JobSpec
@@ -29,7 +27,6 @@ from maskwork.participant.bench.relay import CountingRelay
 from maskwork.participant.local.children import Children
 from maskwork.participant.local.failure import RunFailed
 from maskwork.participant.local.files import HOST
-from maskwork.tensors import Schema, TensorSpec, write_model
 
 WARM_UP: Final = 1
 """Rounds at the beginning of each job that are not counted."""
@@ -56,9 +53,7 @@ async def measure(folder: Path, options: Options) -> dict[str, Any]:
     """
     logs = folder / "logs"
     logs.mkdir(parents=True)
-    model = folder / "initial.safetensors"
-    shape = (TensorSpec("weights", "F32", (options.parameters,)),)
-    await asyncio.to_thread(write_model, model, Schema(shape), np.zeros(options.parameters, np.float32), {})
+    model = await asyncio.to_thread(federations.write_initial_model, folder, options.parameters)
     async with Children(logs) as children:
         timed = await children.during(_timed(children, folder, options, model))
         await children.stop()

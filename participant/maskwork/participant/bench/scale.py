@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from maskwork.bench.cpu import cpu_seconds
 from maskwork.bench.memory import MIB, PeakMemory
 from maskwork.job_events import STAGES
@@ -22,7 +20,6 @@ from maskwork.participant.bench import federation as federations
 from maskwork.participant.bench.round import run_job
 from maskwork.participant.local.children import Children
 from maskwork.participant.local.files import HOST
-from maskwork.tensors import Schema, TensorSpec, write_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +40,7 @@ async def measure(folder: Path, options: Options) -> dict[str, Any]:
     """
     logs = folder / "logs"
     logs.mkdir(parents=True)
-    model = folder / "initial.safetensors"
-    shape = (TensorSpec("weights", "F32", (options.parameters,)),)
-    await asyncio.to_thread(write_model, model, Schema(shape), np.zeros(options.parameters, np.float32), {})
+    model = await asyncio.to_thread(federations.write_initial_model, folder, options.parameters)
     sites = tuple(f"site-{i:05}" for i in range(options.participants))
     federation = await asyncio.to_thread(federations.create, folder / "federation", sites)
     async with Children(logs) as children:
