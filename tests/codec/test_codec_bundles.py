@@ -36,6 +36,12 @@ def test_a_set_is_a_bitmap_in_roster_order(size: int, data: st.DataObject) -> No
     assert domain.decode_members(bitmap, size) == members
 
 
+@pytest.mark.parametrize("index", [-1, ROSTER, ROSTER + 1])
+def test_a_member_outside_the_roster_makes_no_bitmap(index: int) -> None:
+    with pytest.raises(domain.MessageError, match="not in a roster of 11"):
+        domain.encode_members(frozenset({0, index}), ROSTER)
+
+
 @pytest.mark.parametrize("bitmap", [b"", b"\x01", b"\x01\x00\x00", b"\x00\x08", b"\xff\xff"])
 def test_a_bitmap_of_another_length_or_with_a_bit_too_many_is_refused(bitmap: bytes) -> None:
     response = federation_pb2.ConnectResponse(
