@@ -171,8 +171,8 @@ def check_weight(weight: int, weight_cap: int) -> None:
         raise EncodingError(f"weight {weight} is not from 1 to the weight cap {weight_cap}")
 
 
-def checked_norm(update: Float32Array) -> float:
-    """The L2 norm of a float32 update, in float64; reads the vector once and writes nothing.
+def checked_norm(update: Float32Array, *, order: int = 2) -> float:
+    """The L2 norm (L1 if `order` is 1) of a float32 update, in float64; reads the vector once and writes nothing.
 
     Raises:
         EncodingError: Not a contiguous 1-d float32 array, empty, or it holds NaN or Inf (the message tells how many
@@ -189,10 +189,10 @@ def checked_norm(update: Float32Array) -> float:
         part = update[start : start + _NORM_TILE]
         wide = tile64[: len(part)]
         np.copyto(wide, part)
-        total += float(np.dot(wide, wide))
+        total += float(np.dot(wide, wide) if order == 2 else np.abs(wide, out=wide).sum())
     if not math.isfinite(total):  # the square of a finite float32 is far from the end of float64
         _refuse_non_finite(update)
-    return math.sqrt(total)
+    return math.sqrt(total) if order == 2 else total
 
 
 def _refuse_non_finite(update: Float32Array) -> None:
@@ -220,6 +220,7 @@ class TileEncoder:
         weight: int,
         rotation_seed: bytes,
         rounding_key: bytes,
+        attempt: int = 0,
     ) -> None:
         """Fixes the multiplier of this update.
 
@@ -230,6 +231,7 @@ class TileEncoder:
             weight: n_i, checked by :func:`check_weight`.
             rotation_seed: 32 public bytes; not looked at without rotation.
             rounding_key: 16 secret bytes, fresh for this session.
+            attempt: How often the vector was rounded before and found too long; each goes on in the key's stream.
         """
         rotated = encoding.rotation is Rotation.HADAMARD
         self._rotation = BlockRotation(length, rotation_seed) if rotated else None
@@ -239,7 +241,7 @@ class TileEncoder:
         # No coordinate is beyond the norm, so where the scaled norm is within the limit nobody has to look for one
         # that is not; most sites' weights are far below the cap. A rotation's limit is far below the norm.
         self._within = not rotated and norm * float(self._multiplier) * (1 + 2.0**-20) + 1 <= self._limit
-        self._noise = KeystreamReader(rounding_key)
+        self._noise = KeystreamReader(rounding_key, 4 * length * attempt)
         room = min(length, 2 * TILE if rotated else TILE)
         self._scaled, self._floor = scratch(room, np.float32), scratch(room, np.float32)
         self._words = scratch(room, np.uint32)

@@ -13,8 +13,9 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from maskwork.secagg.prg import MaskStreams, SignedKey, add_keystreams_u32, add_
 from maskwork.secagg.ring import (
     TILE,
     BitPacker,
+    Int32Array,
     UInt8Array,
     UInt32Array,
     UInt64Array,
@@ -51,6 +53,37 @@ class MaskingKeys:
         check_key(self.rounding_key)
 
 
+MOST_ROUNDINGS = 16
+"""A bound that fits the encoding is missed with probability 2^-40 each time."""
+
+
+class NoiseSource(Protocol):
+    """Integer noise, read in order; `maskwork.privacy.noise` has it. A port: which noise it is, privacy decides."""
+
+    def add_to(self, acc_i32: Int32Array) -> None:
+        """Add the next len(acc) draws in place."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """What a differentially private plan asks of a participant's rounded update, before it is masked.
+
+    Attributes:
+        bound: The norm that the rounded update must not exceed, in integer units; it is rounded again if it does.
+        order: Of that norm, 1 or 2.
+        noise: Begins a fresh reading of the participant's noise at coordinate 0; None where the coordinator adds noise.
+    """
+
+    bound: float
+    order: int
+    noise: Callable[[], NoiseSource] | None = field(repr=False)
+
+    def admits(self, norm: int) -> bool:
+        """Whether sum |q| (order 1) or sum q² (order 2) is within the bound."""
+        return norm <= (self.bound if self.order == 1 else self.bound * self.bound)
+
+
 class MaskedTiles:
     """One update, encoded, masked and packed, tile by tile in order: for whoever writes it away as it comes.
 
@@ -62,7 +95,14 @@ class MaskedTiles:
     """
 
     def __init__(
-        self, update_f32: Float32Array, weight: int, *, encoding: Encoding, keys: MaskingKeys, rotation_seed: bytes
+        self,
+        update_f32: Float32Array,
+        weight: int,
+        *,
+        encoding: Encoding,
+        keys: MaskingKeys,
+        rotation_seed: bytes,
+        contribution: Contribution | None = None,
     ) -> None:
         """Check the update; see :func:`mask_update`.
 
@@ -70,10 +110,13 @@ class MaskedTiles:
             EncodingError: The update, the weight or a length is refused.
         """
         check_weight(weight, encoding.weight_cap)
-        self._norm = checked_norm(update_f32)
+        self._norm = checked_norm(update_f32, order=2 if contribution is None else contribution.order)
         self._update, self._weight = update_f32, weight
         self._encoding, self._keys, self._rotation_seed = encoding, keys, rotation_seed
+        self._contribution, self._attempt = contribution, 0
         self._encoder()  # refuses a rotation seed that is none, now rather than at the first tile
+        if contribution is not None:  # before a byte is masked: what is masked is sent
+            self._attempt = self._first_within(contribution)
         self.clamped = 0
 
     def __iter__(self) -> Iterator[UInt8Array]:
@@ -82,14 +125,39 @@ class MaskedTiles:
         encoder, masks, packer = self._encoder(), MaskStreams(self._keys.update, item_bytes=4), BitPacker(bits)
         room = min(2 * TILE, len(update))
         ring, packed = scratch(room, np.uint32), scratch(packed_size(room, bits), np.uint8)
+        noise = None if self._contribution is None or self._contribution.noise is None else self._contribution.noise()
         self.clamped = 0
         for start, stop in encoder.tiles():
             tile = ring[: stop - start]
             self.clamped += encoder.encode(update[start:stop], start, tile.view(np.int32))
+            if noise is not None:
+                noise.add_to(tile.view(np.int32))
             masks.add_to(tile)
             out = packed[: packed_size(len(tile), bits)]
             packer.pack(tile, out)
             yield out
+
+    def _first_within(self, contribution: Contribution) -> int:
+        """Conditional rounding (Kairouz, Liu, Steinke 2021, section 4.1): the first attempt within the bound."""
+        for attempt in range(MOST_ROUNDINGS):
+            if contribution.admits(self._norm_of(attempt)):
+                return attempt
+        raise EncodingError(
+            f"the rounded update was beyond its bound {MOST_ROUNDINGS} times: that bound does not fit its encoding"
+        )
+
+    def _norm_of(self, attempt: int) -> int:
+        """The exact sum of |q| or q² of the update as the attempt rounds it."""
+        assert self._contribution is not None
+        self._attempt = attempt
+        encoder, total = self._encoder(), 0
+        rounded = scratch(min(2 * TILE, len(self._update)), np.int32)
+        for start, stop in encoder.tiles():
+            tile = rounded[: stop - start]
+            encoder.encode(self._update[start:stop], start, tile)
+            wide = tile.astype(np.int64)  # |q| < 2^23, and a tile has at most 2^17 coordinates: their squares fit
+            total += int(np.abs(wide).sum() if self._contribution.order == 1 else np.dot(wide, wide))
+        return total
 
     def _encoder(self) -> TileEncoder:
         return TileEncoder(
@@ -99,6 +167,7 @@ class MaskedTiles:
             weight=self._weight,
             rotation_seed=self._rotation_seed,
             rounding_key=self._keys.rounding_key,
+            attempt=self._attempt,
         )
 
 
@@ -110,6 +179,7 @@ def mask_update(
     keys: MaskingKeys,
     rotation_seed: bytes,
     out_u8: UInt8Array,
+    contribution: Contribution | None = None,
 ) -> int:
     """Encodes, masks and packs one update into memory.
 
@@ -120,6 +190,7 @@ def mask_update(
         keys: The participant's mask keys and rounding key.
         rotation_seed: 32 public bytes; not looked at without rotation.
         out_u8: uint8[packed_size(d, ring_bits)]; every byte is written.
+        contribution: The bound and the noise of a differentially private plan.
 
     Returns:
         How many coordinates were clamped.
@@ -127,7 +198,9 @@ def mask_update(
     Raises:
         EncodingError: The update, the weight or a length is refused; nothing was written.
     """
-    tiles = MaskedTiles(update_f32, weight, encoding=encoding, keys=keys, rotation_seed=rotation_seed)
+    tiles = MaskedTiles(
+        update_f32, weight, encoding=encoding, keys=keys, rotation_seed=rotation_seed, contribution=contribution
+    )
     _check_packed(out_u8, len(update_f32), encoding.ring_bits)
     at = 0
     for tile in tiles:
