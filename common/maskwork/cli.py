@@ -40,6 +40,7 @@ _SUMMARIES: Final[Mapping[str, str]] = {
     "model": "Make initial models, take trained ones home.",
     "audit": "Check afterwards who took part, and under which parameters.",
     "demo": "A whole federation on this machine: five participants, masked, with dropouts.",
+    "privacy": "Plan a privacy budget before a run.",
     "bench": "Measure what masking costs here.",
     "simulate": "Run a federation in one process.",
 }
