@@ -10,11 +10,10 @@ follows from it too; a refusal says what would be accepted.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import io
 import json
 import sys
-from typing import Annotated, Final, Protocol, cast
+from typing import Annotated, Final, cast
 
 import typer
 from rich.console import Console
@@ -22,10 +21,10 @@ from rich.table import Table
 from rich.text import Text
 
 from maskwork.errors import UserError
+from maskwork.privacy import mechanisms
 from maskwork.privacy.events import PrivacyEvent
 from maskwork.privacy.planning import MEASURED_ON, Answer, Mechanics, Mechanism, Setting, plan
 from maskwork.secagg.encoding import Encoding
-from maskwork.secagg.plan import PrivacyMechanism
 
 PIPE_WIDTH: Final = 160
 app = typer.Typer(help="Plan a privacy budget before a run.", no_args_is_help=True, add_completion=False)
@@ -110,38 +109,8 @@ def plan_command(
         _print(answer, {name for name, value in given.items() if value is not None})
 
 
-class _Module(Protocol):
-    """`maskwork.privacy.mechanisms`, whose functions speak of a plan's mechanism."""
-
-    def private_encoding(
-        self,
-        mechanism: PrivacyMechanism,
-        *,
-        cohort: int,
-        min_honest_survivors: int,
-        parameters: int,
-        clip_norm: float,
-        noise_multiplier: float,
-        ring_bits: int,
-    ) -> Encoding: ...
-
-    def release_events(
-        self,
-        mechanism: PrivacyMechanism,
-        encoding: Encoding,
-        *,
-        parameters: int,
-        noise_multiplier: float,
-        honest: int,
-        provisioned_for: int,
-    ) -> tuple[PrivacyEvent, ...]: ...
-
-
 class _OfPlans:
-    """The mechanisms of plans, under their names in a job file."""
-
-    def __init__(self) -> None:
-        self._module = cast("_Module", importlib.import_module("maskwork.privacy.mechanisms"))
+    """The mechanisms that plans have."""
 
     def private_encoding(
         self,
@@ -154,15 +123,15 @@ class _OfPlans:
         noise_multiplier: float,
         ring_bits: int,
     ) -> Encoding:
-        return self._module.private_encoding(
-            PrivacyMechanism[mechanism.name],
-            cohort=cohort,
-            min_honest_survivors=min_honest_survivors,
-            parameters=parameters,
-            clip_norm=clip_norm,
-            noise_multiplier=noise_multiplier,
-            ring_bits=ring_bits,
+        wanted = mechanisms.Wanted(
+            mechanisms.Mechanism(mechanism.value),
+            cohort,
+            min_honest_survivors,
+            parameters,
+            clip_norm,
+            noise_multiplier,
         )
+        return mechanisms.private_release(wanted, ring_bits=ring_bits).encoding
 
     def release_events(
         self,
@@ -174,14 +143,8 @@ class _OfPlans:
         honest: int,
         provisioned_for: int,
     ) -> tuple[PrivacyEvent, ...]:
-        return self._module.release_events(
-            PrivacyMechanism[mechanism.name],
-            encoding,
-            parameters=parameters,
-            noise_multiplier=noise_multiplier,
-            honest=honest,
-            provisioned_for=provisioned_for,
-        )
+        kind = mechanisms.Mechanism(mechanism.value)
+        return mechanisms.NoisyRelease(kind, encoding, parameters, noise_multiplier, provisioned_for).events(honest)
 
 
 def _mechanics(context: typer.Context) -> Mechanics:

@@ -158,7 +158,7 @@ def test_the_mean_that_is_decoded_is_the_mean_of_the_clipped_updates(mechanism: 
 
 @pytest.mark.parametrize("mechanism", [Mechanism.CENTRAL_GAUSSIAN, Mechanism.CENTRAL_LAPLACE])
 def test_participants_add_no_noise_where_the_coordinator_does(mechanism: Mechanism) -> None:
-    release = private_release(replace(WANTED, mechanism=mechanism), ring_bits=20)
+    release = private_release(replace(WANTED, mechanism=mechanism, parameters=62), ring_bits=20)
     assert release.contribution(b"").noise is None
     assert release.table().total_variation <= mechanisms.DRAW_ERROR
 
@@ -189,10 +189,12 @@ def test_events_say_what_the_honest_survivors_draw_together() -> None:
     assert least.total_variation == pytest.approx(6 * 9610 * mechanisms.DRAW_ERROR)
     (gaussian,) = replace(release, mechanism=Mechanism.DISCRETE_GAUSSIAN).events(6)
     assert isinstance(gaussian, DiscreteGaussianRelease)
-    assert (gaussian.parties, gaussian.parties * gaussian.variance) == (6, pytest.approx(bound**2))
+    assert gaussian.parties == 6
+    assert 6 * gaussian.variance == pytest.approx(bound**2)
     (central,) = replace(release, mechanism=Mechanism.CENTRAL_GAUSSIAN).events(6)
     assert isinstance(central, DiscreteGaussianRelease)
-    assert (central.parties, central.variance) == (1, pytest.approx(bound**2))
+    assert central.parties == 1
+    assert central.variance == pytest.approx(bound**2)
     laplace = private_release(replace(WANTED, mechanism=Mechanism.CENTRAL_LAPLACE, parameters=62), ring_bits=20)
     (said,) = laplace.events(6)
     assert isinstance(said, DiscreteLaplaceRelease)
