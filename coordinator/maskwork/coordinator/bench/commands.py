@@ -29,6 +29,10 @@ def secagg(
     dropout: Annotated[float, typer.Option(min=0, max=1, help="Share of the participants that is lost.")] = 0.3,
     ring_bits: Annotated[int | None, typer.Option(help="r; the preset's if not given.", show_default=False)] = None,
     compact: Annotated[bool, typer.Option("--compact", help="The preset with rotation.")] = False,
+    privacy: Annotated[
+        str,
+        typer.Option(metavar="MECHANISM", help="Add skellam or discrete-gaussian noise.", show_default=False),
+    ] = "",
     repeats: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each; the median counts.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -47,6 +51,7 @@ def secagg(
         ring_bits=ring_bits,
         rotated=compact,
         repeats=repeats,
+        privacy=privacy,
     )
     measured = bench.measure(shape)
     if as_json:
@@ -72,10 +77,13 @@ def _show(shape: Shape, measured: dict[str, Any]) -> None:
         ("encode_s", "clip, encode"),
         ("mask_s", f"{site['masks']:.0f} masks, expanded and added"),
         ("pack_s", "pack"),
-        ("total_s", "all three, fused"),
+        ("rotate_s", "of the encoding: rotation"),
+        ("noise_s", f"{shape.privacy} noise"),
+        ("total_s", "all of it, fused"),
         ("floor.mask_floor_s", f"floor: AES-CTR at {site['floor.aes_ctr_gb_per_s']:.1f} GB/s"),
     ):
-        table.add_row(label, _time(site[name]), f"{site[name] / floor:.2f}")
+        if name in site:
+            table.add_row(label, _time(site[name]), f"{site[name] / floor:.2f}")
     for name, label in (("verify_keys_s", "check the neighbours' keys"), ("share_keys_s", "deal all shares")):
         table.add_row(label, _time(site[name]), "")
     console.print(table)
@@ -83,6 +91,9 @@ def _show(shape: Shape, measured: dict[str, Any]) -> None:
         f"upload {site['upload_bytes'] / 1e6:.2f} MB, peak memory {site['peak_memory_bytes'] / 1e6:.0f} MB over the "
         f"start of the process ({site['update_bytes'] / 1e6:.0f} MB of it are the update), NMSE {site['nmse']:.2g}"
     )
+    if "noise_s" in site:
+        both = 1e9 * (site["noise_s"] + site["rotate_s"]) / shape.parameters
+        console.print(f"noise and rotation together: {both:.1f} ns per parameter")
     floor = hub["floor.unmask_floor_s"]
     table = Table("coordinator, one round", "time", "× floor")
     for name, label in (

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -27,6 +27,8 @@ from maskwork.bench.memory import peak_rss_bytes
 from maskwork.coordinator.forks import shared_vector
 from maskwork.coordinator.unmasking import derive_masks, unmask
 from maskwork.errors import UserError
+from maskwork.privacy.mechanisms import Mechanism, NoisyRelease, Wanted, private_release
+from maskwork.privacy.noise import NOISE_KEY_BYTES, IntegerNoise
 from maskwork.secagg import keys, masking
 from maskwork.secagg.dealing import Dealer, deal
 from maskwork.secagg.encoding import Encoding, EncodingParameterError, Rotation, TileEncoder, checked_norm, decode_sum
@@ -35,7 +37,7 @@ from maskwork.secagg.keys import PublicKey, SecretKey, SoftwareSigner
 from maskwork.secagg.masking import MaskingKeys
 from maskwork.secagg.prg import MaskStreams, SignedKey
 from maskwork.secagg.ring import TILE, BitPacker, packed_size, scratch
-from maskwork.secagg.rotation import Float32Array
+from maskwork.secagg.rotation import BlockRotation, Float32Array, pieces
 from maskwork.secagg.sharing import PRIME, SHARE_BYTES, combine_with, lagrange_at_zero
 from maskwork.secagg.unmasking import MaskSecretShares, SelfSeedShares, UnmaskingJob
 
@@ -43,6 +45,8 @@ SESSION = bytes(range(32))
 SEED = bytes(range(32))
 CLIP_NORM = 1.0
 WEIGHT_CAP = 1000
+NOISE_MULTIPLIER = 1.0
+PRIVATE_RING_BITS = 20
 _ACCUMULATED = 1 << 20
 
 
@@ -60,6 +64,7 @@ class Shape:
         value_bits: b.
         rotated: Whether updates are rotated first (the preset `compact`).
         repeats: Runs of everything that is timed more than once.
+        privacy: Name of the mechanism whose noise participants add; empty for none.
     """
 
     participants: int
@@ -71,6 +76,7 @@ class Shape:
     value_bits: int
     rotated: bool
     repeats: int
+    privacy: str = ""
 
     @property
     def survivors(self) -> int:
@@ -86,7 +92,19 @@ class Shape:
     def encoding(self) -> Encoding:
         """As a plan would have it."""
         rotation = Rotation.HADAMARD if self.rotated else Rotation.NONE
-        return Encoding(CLIP_NORM, WEIGHT_CAP, self.value_bits, self.ring_bits, rotation)
+        return Encoding(CLIP_NORM, self.weight, self.value_bits, self.ring_bits, rotation)
+
+    @property
+    def weight(self) -> int:
+        """Of the update that is measured; with noise every participant has the same."""
+        return 1 if self.privacy else WEIGHT_CAP
+
+    @property
+    def noisy(self) -> NoisyRelease:
+        """What is released with noise, divided for two thirds of the participants."""
+        return NoisyRelease(
+            Mechanism(self.privacy), self.encoding, self.parameters, NOISE_MULTIPLIER, _provisioned(self.participants)
+        )
 
 
 def shape_of(
@@ -99,6 +117,7 @@ def shape_of(
     ring_bits: int | None,
     rotated: bool,
     repeats: int,
+    privacy: str = "",
 ) -> Shape:
     """The shape that the command line asks for, checked.
 
@@ -123,11 +142,37 @@ def shape_of(
     bits = value_bits + growth if ring_bits is None else ring_bits
     value_bits = min(value_bits, bits - growth)
     shape = Shape(participants, k, t, parameters, dropouts, bits, value_bits, rotated, repeats)
+    if privacy:
+        return _private(shape, privacy, PRIVATE_RING_BITS if ring_bits is None else ring_bits)
     try:
         _ = shape.encoding
     except EncodingParameterError as error:
         raise UserError(f"--ring-bits {bits} for {participants} participants: {error}") from None
     return shape
+
+
+def _private(shape: Shape, privacy: str, ring_bits: int) -> Shape:
+    try:
+        mechanism = Mechanism(privacy)
+        if not mechanism.distributed:
+            raise ValueError("participants add no noise there")
+        wanted = Wanted(
+            mechanism,
+            shape.participants,
+            _provisioned(shape.participants),
+            shape.parameters,
+            CLIP_NORM,
+            NOISE_MULTIPLIER,
+        )
+        encoding = private_release(wanted, ring_bits=ring_bits).encoding
+    except ValueError as error:
+        names = " or ".join(m.value for m in Mechanism if m.distributed)
+        raise UserError(f"--privacy {privacy} (it is {names}): {error}") from None
+    return replace(shape, privacy=privacy, rotated=True, ring_bits=ring_bits, value_bits=encoding.value_bits)
+
+
+def _provisioned(participants: int) -> int:
+    return math.ceil(2 * participants / 3)
 
 
 def measure(shape: Shape) -> dict[str, Any]:
@@ -158,15 +203,25 @@ def measure_participant(shape: Shape) -> dict[str, float]:
     ring = scratch(min(2 * TILE, d), np.uint32)
     raw_keys = [key.key for key in own.update]
 
+    contribution = shape.noisy.contribution(os.urandom(NOISE_KEY_BYTES)) if shape.privacy else None
+
     def whole() -> None:
-        masking.mask_update(update, WEIGHT_CAP, encoding=encoding, keys=own, rotation_seed=SEED, out_u8=packed)
+        masking.mask_update(
+            update,
+            shape.weight,
+            encoding=encoding,
+            keys=own,
+            rotation_seed=SEED,
+            out_u8=packed,
+            contribution=contribution,
+        )
 
     def encode() -> None:
         encoder = TileEncoder(
             encoding,
             length=d,
             norm=checked_norm(update),
-            weight=WEIGHT_CAP,
+            weight=shape.weight,
             rotation_seed=SEED,
             rounding_key=own.rounding_key,
         )
@@ -186,8 +241,21 @@ def measure_participant(shape: Shape) -> dict[str, float]:
             part = packed[at : at + packed_size(stop - start, shape.ring_bits)]
             packer.pack(ring[: stop - start], part)
 
+    turned = scratch(min(2 * TILE, d), np.float32)
+
+    def rotate() -> None:
+        rotation = BlockRotation(d, SEED)
+        for start, stop in pieces(d):
+            rotation.rotate(turned[: stop - start], start)
+
+    def draw() -> None:
+        noise = IntegerNoise(shape.noisy.table(), bytes(NOISE_KEY_BYTES))
+        for start in range(0, d, TILE):
+            noise.add_to(ring[: min(TILE, d - start)].view(np.int32))
+
+    private = {"rotate": rotate, "noise": draw} if shape.privacy else {}
     times = medians(
-        {"floor": lambda: expand(raw_keys, d), "total": whole, "encode": encode, "mask": mask, "pack": pack},
+        {"floor": lambda: expand(raw_keys, d), "total": whole, "encode": encode, "mask": mask, "pack": pack, **private},
         repeats=shape.repeats,
     )
     peak = peak_rss_bytes() - before
@@ -196,6 +264,7 @@ def measure_participant(shape: Shape) -> dict[str, float]:
         "mask_s": times["mask"],
         "pack_s": times["pack"],
         "total_s": times["total"],
+        **{f"{name}_s": times[name] for name in private},
         "upload_bytes": float(packed.nbytes),
         "masks": float(len(raw_keys)),
         **_share_keys(shape),
@@ -257,14 +326,14 @@ def _nmse(shape: Shape, update: Float32Array) -> float:
     ring = scratch(min(2 * TILE, d), np.int32)
     for _ in range(encoders):
         encoder = TileEncoder(
-            encoding, length=d, norm=norm, weight=WEIGHT_CAP, rotation_seed=SEED, rounding_key=os.urandom(16)
+            encoding, length=d, norm=norm, weight=shape.weight, rotation_seed=SEED, rounding_key=os.urandom(16)
         )
         for start, stop in encoder.tiles():
             tile = ring[: stop - start]
             encoder.encode(update[start:stop], start, tile)
             total[start:stop] += tile.view(np.uint32)
     mean = np.empty(d, np.float32)
-    decode_sum(total, encoding, rotation_seed=SEED, total_weight=encoders * WEIGHT_CAP, out_f32=mean)
+    decode_sum(total, encoding, rotation_seed=SEED, total_weight=encoders * shape.weight, out_f32=mean)
     mean -= update
     return float(np.dot(mean, mean) / np.dot(update, update))
 
@@ -286,7 +355,7 @@ def measure_coordinator(shape: Shape) -> dict[str, float]:
     reconstruct_2_s = seconds(lambda: derive_masks(job, processes=2))
     removed = found[0].update
     model = shared_vector(d)
-    total_weight = WEIGHT_CAP * shape.survivors
+    total_weight = shape.weight * shape.survivors
     raw_keys = [key.key for key in removed]
     large = 4e-9 * d * len(removed) > 10  # seconds rather than milliseconds: one run of each says enough
 
