@@ -14,6 +14,7 @@ import importlib
 import io
 import json
 import sys
+from collections.abc import Callable
 from typing import Annotated, Final, Protocol, cast
 
 import typer
@@ -22,10 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from maskwork.errors import UserError
-from maskwork.privacy.events import PrivacyEvent
-from maskwork.privacy.planning import MEASURED_ON, Answer, Mechanics, Mechanism, Setting, plan
-from maskwork.secagg.encoding import Encoding
-from maskwork.secagg.plan import PrivacyMechanism
+from maskwork.privacy.planning import MEASURED_ON, Answer, Mechanics, Mechanism, Release, Setting, plan
 
 PIPE_WIDTH: Final = 160
 app = typer.Typer(help="Plan a privacy budget before a run.", no_args_is_help=True, add_completion=False)
@@ -51,7 +49,10 @@ def plan_command(
     noise_multiplier: Annotated[
         float | None,
         typer.Option(
-            "--noise-multiplier", metavar="Z", help="Noise on a round's sum, in clip norms.", show_default=False
+            "--noise-multiplier",
+            metavar="Z",
+            help="Noise on a round's sum, in units of its sensitivity.",
+            show_default=False,
         ),
     ] = None,
     accuracy_loss: Annotated[
@@ -110,83 +111,32 @@ def plan_command(
         _print(answer, {name for name, value in given.items() if value is not None})
 
 
-class _Module(Protocol):
-    """`maskwork.privacy.mechanisms`, whose functions speak of a plan's mechanism."""
+class _Mechanisms(Protocol):
+    """Of `maskwork.privacy.mechanisms`, what is used here."""
 
-    def private_encoding(
-        self,
-        mechanism: PrivacyMechanism,
-        *,
-        cohort: int,
-        min_honest_survivors: int,
-        parameters: int,
-        clip_norm: float,
-        noise_multiplier: float,
-        ring_bits: int,
-    ) -> Encoding: ...
+    Mechanism: Callable[[str], object]
+    Wanted: Callable[[object, int, int, int, float, float], object]
 
-    def release_events(
-        self,
-        mechanism: PrivacyMechanism,
-        encoding: Encoding,
-        *,
-        parameters: int,
-        noise_multiplier: float,
-        honest: int,
-        provisioned_for: int,
-    ) -> tuple[PrivacyEvent, ...]: ...
+    def private_release(self, wanted: object, *, ring_bits: int) -> Release: ...
 
 
-class _OfPlans:
-    """The mechanisms of plans, under their names in a job file."""
-
-    def __init__(self) -> None:
-        self._module = cast("_Module", importlib.import_module("maskwork.privacy.mechanisms"))
-
-    def private_encoding(
-        self,
-        mechanism: Mechanism,
-        *,
-        cohort: int,
-        min_honest_survivors: int,
-        parameters: int,
-        clip_norm: float,
-        noise_multiplier: float,
-        ring_bits: int,
-    ) -> Encoding:
-        return self._module.private_encoding(
-            PrivacyMechanism[mechanism.name],
-            cohort=cohort,
-            min_honest_survivors=min_honest_survivors,
-            parameters=parameters,
-            clip_norm=clip_norm,
-            noise_multiplier=noise_multiplier,
-            ring_bits=ring_bits,
-        )
-
-    def release_events(
-        self,
-        mechanism: Mechanism,
-        encoding: Encoding,
-        *,
-        parameters: int,
-        noise_multiplier: float,
-        honest: int,
-        provisioned_for: int,
-    ) -> tuple[PrivacyEvent, ...]:
-        return self._module.release_events(
-            PrivacyMechanism[mechanism.name],
-            encoding,
-            parameters=parameters,
-            noise_multiplier=noise_multiplier,
-            honest=honest,
-            provisioned_for=provisioned_for,
-        )
+def _release(setting: Setting, noise_multiplier: float, ring_bits: int) -> Release:
+    """A round of a job with these parameters."""
+    mechanisms = cast("_Mechanisms", importlib.import_module("maskwork.privacy.mechanisms"))
+    wanted = mechanisms.Wanted(
+        mechanisms.Mechanism(setting.mechanism.value),
+        setting.participants,
+        setting.honest,
+        setting.parameters,
+        setting.clip_norm,
+        noise_multiplier,
+    )
+    return mechanisms.private_release(wanted, ring_bits=ring_bits)
 
 
 def _mechanics(context: typer.Context) -> Mechanics:
-    """Those of plans, unless whoever runs the command has brought others."""
-    return _OfPlans() if context.obj is None else cast("Mechanics", context.obj)
+    """Those of jobs, unless whoever runs the command has brought others."""
+    return _release if context.obj is None else cast("Mechanics", context.obj)
 
 
 def _print(answer: Answer, given: set[str]) -> None:
@@ -218,9 +168,9 @@ def _table(answer: Answer, given: set[str]) -> Table:
     at = answer.setting
     z, spread = answer.noise_multiplier, _spread(answer)
     added = (
-        "none: the coordinator adds the noise, and is trusted to"
-        if at.mechanism is Mechanism.CENTRAL_GAUSSIAN
-        else f"{answer.participant_noise:.3g} on each coordinate of its update, for a clip norm of {at.clip_norm:g}"
+        f"{answer.participant_noise:.3g} on each coordinate of its update, for a clip norm of {at.clip_norm:g}"
+        if at.distributed
+        else "none: the coordinator adds the noise, and is trusted to"
     )
     rows = (
         ("epsilon", f"{answer.epsilon:.4g}", "epsilon", "a guarantee"),
@@ -253,13 +203,12 @@ def _notes(answer: Answer) -> list[str]:
         f"The estimate goes by the noise's share of what a model can learn, {answer.noise_share:.3g} here. It was "
         f"measured on {MEASURED_ON}; another task may lose more or less.",
     ]
-    if at.mechanism is Mechanism.CENTRAL_GAUSSIAN:
+    if not at.distributed:
         lines[0] = (
             "The guarantee holds against whoever sees the models, not against the coordinator: it adds the noise."
         )
     if at.delta is None and answer.delta > 1e-4:
         lines.append(
-            f"A delta of {answer.delta:.2g} is a weak promise, as it has to be for so few participants: "
-            "give --delta 1e-5 for a strong one."
+            f"A delta of {answer.delta:.2g} is a weak promise, below 1/n and no more: give --delta 1e-5 for a strong one."
         )
     return lines
