@@ -209,6 +209,6 @@ def _notes(answer: Answer) -> list[str]:
         )
     if at.delta is None and answer.delta > 1e-4:
         lines.append(
-            f"A delta of {answer.delta:.2g} is a weak promise, below 1/n and no more: give --delta 1e-5 for a strong one."
+            f"A delta of {answer.delta:.2g} is a weak promise, just below 1/n: give --delta 1e-5 for a strong one."
         )
     return lines

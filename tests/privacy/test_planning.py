@@ -59,7 +59,7 @@ def test_more_rounds_and_fewer_honest_cost_more() -> None:
     def lost(setting: Setting) -> float:
         return plan(setting, simple_mechanics, epsilon=4.0).accuracy_loss
 
-    assert spent(SETTING) < spent(with_(rounds=400))
+    assert spent(SETTING) < spent(with_(rounds=80))
     assert spent(SETTING) < spent(with_(delta=1e-8))
     assert lost(SETTING) < lost(with_(colluders=50))
     assert lost(SETTING) < lost(with_(parameters=20_000))
