@@ -22,9 +22,7 @@ from rich.text import Text
 
 from maskwork.errors import UserError
 from maskwork.privacy import mechanisms
-from maskwork.privacy.events import PrivacyEvent
-from maskwork.privacy.planning import MEASURED_ON, Answer, Mechanics, Mechanism, Setting, plan
-from maskwork.secagg.encoding import Encoding
+from maskwork.privacy.planning import MEASURED_ON, Answer, Mechanics, Mechanism, Release, Setting, plan
 
 PIPE_WIDTH: Final = 160
 app = typer.Typer(help="Plan a privacy budget before a run.", no_args_is_help=True, add_completion=False)
@@ -50,7 +48,10 @@ def plan_command(
     noise_multiplier: Annotated[
         float | None,
         typer.Option(
-            "--noise-multiplier", metavar="Z", help="Noise on a round's sum, in clip norms.", show_default=False
+            "--noise-multiplier",
+            metavar="Z",
+            help="Noise on a round's sum, in units of its sensitivity.",
+            show_default=False,
         ),
     ] = None,
     accuracy_loss: Annotated[
@@ -109,47 +110,22 @@ def plan_command(
         _print(answer, {name for name, value in given.items() if value is not None})
 
 
-class _OfPlans:
-    """The mechanisms that plans have."""
-
-    def private_encoding(
-        self,
-        mechanism: Mechanism,
-        *,
-        cohort: int,
-        min_honest_survivors: int,
-        parameters: int,
-        clip_norm: float,
-        noise_multiplier: float,
-        ring_bits: int,
-    ) -> Encoding:
-        wanted = mechanisms.Wanted(
-            mechanisms.Mechanism(mechanism.value),
-            cohort,
-            min_honest_survivors,
-            parameters,
-            clip_norm,
-            noise_multiplier,
-        )
-        return mechanisms.private_release(wanted, ring_bits=ring_bits).encoding
-
-    def release_events(
-        self,
-        mechanism: Mechanism,
-        encoding: Encoding,
-        *,
-        parameters: int,
-        noise_multiplier: float,
-        honest: int,
-        provisioned_for: int,
-    ) -> tuple[PrivacyEvent, ...]:
-        kind = mechanisms.Mechanism(mechanism.value)
-        return mechanisms.NoisyRelease(kind, encoding, parameters, noise_multiplier, provisioned_for).events(honest)
+def _release(setting: Setting, noise_multiplier: float, ring_bits: int) -> Release:
+    """A round of a job with these parameters."""
+    wanted = mechanisms.Wanted(
+        mechanisms.Mechanism(setting.mechanism.value),
+        setting.participants,
+        setting.honest,
+        setting.parameters,
+        setting.clip_norm,
+        noise_multiplier,
+    )
+    return mechanisms.private_release(wanted, ring_bits=ring_bits)
 
 
 def _mechanics(context: typer.Context) -> Mechanics:
-    """Those of plans, unless whoever runs the command has brought others."""
-    return _OfPlans() if context.obj is None else cast("Mechanics", context.obj)
+    """Those of jobs, unless whoever runs the command has brought others."""
+    return _release if context.obj is None else cast("Mechanics", context.obj)
 
 
 def _print(answer: Answer, given: set[str]) -> None:
@@ -181,9 +157,9 @@ def _table(answer: Answer, given: set[str]) -> Table:
     at = answer.setting
     z, spread = answer.noise_multiplier, _spread(answer)
     added = (
-        "none: the coordinator adds the noise, and is trusted to"
-        if at.mechanism is Mechanism.CENTRAL_GAUSSIAN
-        else f"{answer.participant_noise:.3g} on each coordinate of its update, for a clip norm of {at.clip_norm:g}"
+        f"{answer.participant_noise:.3g} on each coordinate of its update, for a clip norm of {at.clip_norm:g}"
+        if at.distributed
+        else "none: the coordinator adds the noise, and is trusted to"
     )
     rows = (
         ("epsilon", f"{answer.epsilon:.4g}", "epsilon", "a guarantee"),
@@ -216,13 +192,12 @@ def _notes(answer: Answer) -> list[str]:
         f"The estimate goes by the noise's share of what a model can learn, {answer.noise_share:.3g} here. It was "
         f"measured on {MEASURED_ON}; another task may lose more or less.",
     ]
-    if at.mechanism is Mechanism.CENTRAL_GAUSSIAN:
+    if not at.distributed:
         lines[0] = (
             "The guarantee holds against whoever sees the models, not against the coordinator: it adds the noise."
         )
     if at.delta is None and answer.delta > 1e-4:
         lines.append(
-            f"A delta of {answer.delta:.2g} is a weak promise, as it has to be for so few participants: "
-            "give --delta 1e-5 for a strong one."
+            f"A delta of {answer.delta:.2g} is a weak promise, just below 1/n: give --delta 1e-5 for a strong one."
         )
     return lines

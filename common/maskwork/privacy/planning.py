@@ -8,7 +8,7 @@ The estimate goes through one number, the noise's share: the expected norm of th
 norm, divided by the square root of the rounds. It is what the noise of all rounds together comes to, in units of the
 way that a model can go in them. `MEASURED_LOSS` says what that did to accuracy where it was measured.
 
-What this deliberately is not: it knows no mechanism (`Mechanics` derives encodings and releases), it does no training,
+What this deliberately is not: it knows no mechanism (`Mechanics` derives the releases), it does no training,
 and its estimate is no forecast for another task: only ε is a guarantee.
 
 Rules:
@@ -22,12 +22,13 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 from maskwork.privacy.events import PrivacyEvent
-from maskwork.secagg.encoding import MAX_CLIP_NORM, MIN_CLIP_NORM, Encoding
+from maskwork.secagg.encoding import MAX_CLIP_NORM, MIN_CLIP_NORM
 from maskwork.secagg.plan import MAX_PARAMETERS, MAX_ROSTER
 from maskwork.secagg.ring import MAX_BITS, MIN_BITS
 
@@ -86,40 +87,22 @@ class PlanningError(ValueError):
 
 
 class Mechanism(StrEnum):
-    """Who adds which noise. The names are those of a job file."""
+    """Who adds which noise, of those whose noise goes by the L2 norm. The names are those of a job file."""
 
     SKELLAM = "skellam"
     DISCRETE_GAUSSIAN = "discrete-gaussian"
     CENTRAL_GAUSSIAN = "central-gaussian"
 
 
-class Mechanics(Protocol):
-    """What derives encodings and releases; each refuses with a `ValueError` that says what would be accepted."""
+class Release(Protocol):
+    """A round's noisy sum, before anybody draws: `maskwork.privacy.mechanisms.NoisyRelease`."""
 
-    def private_encoding(
-        self,
-        mechanism: Mechanism,
-        *,
-        cohort: int,
-        min_honest_survivors: int,
-        parameters: int,
-        clip_norm: float,
-        noise_multiplier: float,
-        ring_bits: int,
-    ) -> Encoding:
-        """The encoding that a plan with these numbers has."""
+    @property
+    def inflation(self) -> float:
+        """How much more the noise is than the noise multiplier says, for the rounding to integers."""
 
-    def release_events(
-        self,
-        mechanism: Mechanism,
-        encoding: Encoding,
-        *,
-        parameters: int,
-        noise_multiplier: float,
-        honest: int,
-        provisioned_for: int,
-    ) -> tuple[PrivacyEvent, ...]:
-        """What one round releases."""
+    def events(self, honest: int) -> tuple[PrivacyEvent, ...]:
+        """What it is for an accountant, with so many honest survivors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +161,21 @@ class Setting:
         """The δ of the whole run."""
         return float(self.participants**-DELTA_EXPONENT) if self.delta is None else self.delta
 
+    @property
+    def distributed(self) -> bool:
+        """Whether the participants add the noise."""
+        return self.mechanism is not Mechanism.CENTRAL_GAUSSIAN
+
     def with_participants(self, participants: int) -> Setting:
         """The same with another cohort, of which the same share survives; colluders stay as many as they are."""
         survivors = -(-self.min_survivors * participants // self.participants)
         return dataclasses.replace(self, participants=participants, min_survivors=survivors)
+
+
+Mechanics: TypeAlias = Callable[[Setting, float, int], Release]
+"""The release of a setting's round by its noise multiplier and the width of its ring in bits.
+
+Raises `ValueError` with what would be accepted where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +186,8 @@ class Answer:
         setting: what it holds for; of another cohort than was asked about if `participants_needed`.
         epsilon: ε of the whole run at `delta`, an upper bound.
         delta: δ of the whole run.
-        noise_multiplier: standard deviation of the fewest honest participants' noise together, in clip norms.
+        noise_multiplier: standard deviation of the fewest honest participants' noise together, in units of the
+            sensitivity, which is the clip norm and a little for rounding.
         ring_bits: of the sums.
         bytes_per_parameter: that one participant sends in one round.
         participant_noise: standard deviation of what each participant adds to each coordinate of its update, in the
@@ -256,9 +251,10 @@ def plan(
 
     Args:
         setting: the federation.
-        mechanics: derives encodings and releases.
+        mechanics: derives the release of a round.
         epsilon: not to be exceeded by the whole run.
-        noise_multiplier: standard deviation of the fewest honest participants' noise together, in clip norms.
+        noise_multiplier: standard deviation of the fewest honest participants' noise together, in units of the
+            sensitivity.
         accuracy_loss: percentage points, not to be exceeded by the estimate.
 
     Raises:
@@ -271,21 +267,21 @@ def plan(
     if accuracy_loss is None:
         return _answer(setting, mechanics, *_settled(setting, mechanics, epsilon, noise_multiplier))
     if epsilon is None and noise_multiplier is None:
-        noise_multiplier = _noise_that_loses(setting, accuracy_loss)
+        noise_multiplier = _noise_that_loses(setting, mechanics, accuracy_loss)
         return _answer(setting, mechanics, *_settled(setting, mechanics, None, noise_multiplier))
     return _participants_for(setting, mechanics, epsilon, noise_multiplier, accuracy_loss)
 
 
 def _agreed(setting: Setting, mechanics: Mechanics, epsilon: float, noise_multiplier: float) -> Answer:
     """Both are given: they must be the same thing said twice."""
-    by_noise = _answer(setting, mechanics, *_settled(setting, mechanics, None, noise_multiplier))
-    if abs(by_noise.epsilon - epsilon) <= _AGREES * epsilon:
-        return by_noise
+    spent = _epsilon_of(setting, mechanics, *_settled(setting, mechanics, None, noise_multiplier))
+    if abs(spent - epsilon) <= _AGREES * epsilon:
+        return _answer(setting, mechanics, *_settled(setting, mechanics, None, noise_multiplier))
     needed, _ = _settled(setting, mechanics, epsilon, None)
     raise PlanningError(
         f"epsilon and the noise multiplier determine each other, and these two do not agree: a noise multiplier of "
-        f"{noise_multiplier:g} spends epsilon {by_noise.epsilon:.4g}, and epsilon {epsilon:g} takes a noise multiplier "
-        f"of {needed:.4g}. Give one of the two, or a pair that agrees"
+        f"{noise_multiplier:g} spends epsilon {spent:.4g}, and epsilon {epsilon:g} takes a noise multiplier of "
+        f"{needed:.4g}. Give one of the two, or a pair that agrees"
     )
 
 
@@ -297,32 +293,27 @@ def _participants_for(
     accuracy_loss: float,
 ) -> Answer:
     """The smallest cohort whose estimated loss is no larger than what is accepted."""
-    allowed = share_at(accuracy_loss)
+
+    def at(participants: int) -> Answer:
+        cohort = setting.with_participants(participants)
+        return _answer(cohort, mechanics, *_settled(cohort, mechanics, epsilon, noise_multiplier))
 
     def is_enough(participants: int) -> bool:
-        at = setting.with_participants(participants)
-        bits = at.ring_bits or MAX_BITS
-        noise = noise_multiplier
-        if noise is None:
-            assert epsilon is not None  # `plan` has one of the two
-            noise = _noise_for(at, mechanics, epsilon, bits)
-        return _noise_share(at, noise) <= allowed
+        return at(participants).accuracy_loss <= accuracy_loss
 
     least, most = _smallest_cohort(setting), _largest_cohort(setting)
     upper = least
     while not is_enough(upper):  # doubled, not begun at the largest: a ring may be too narrow for that one
         if upper == most:
-            at = setting.with_participants(most)
-            best = _answer(at, mechanics, *_settled(at, mechanics, epsilon, noise_multiplier))
+            lost = at(most).accuracy_loss
             raise PlanningError(
-                f"even {most:,} participants would lose about {best.accuracy_loss:.1f} points of accuracy, more than "
-                f"{accuracy_loss:g}: allow {best.accuracy_loss:.1f}, a larger epsilon, fewer rounds or fewer parameters"
+                f"even {most:,} participants would lose about {lost:.1f} points of accuracy, more than "
+                f"{accuracy_loss:g}: allow {math.ceil(10 * lost) / 10:g}, a larger epsilon or less noise, or fewer "
+                "parameters"
             )
         upper = min(2 * upper, most)
-    needed = bisect.bisect_left(range(upper + 1), True, lo=least, key=is_enough)
-    at = setting.with_participants(needed)
-    answer = _answer(at, mechanics, *_settled(at, mechanics, epsilon, noise_multiplier))
-    return dataclasses.replace(answer, participants_needed=True)
+    needed = bisect.bisect_left(range(upper), True, lo=least, key=is_enough)
+    return dataclasses.replace(at(needed), participants_needed=True)
 
 
 def _smallest_cohort(setting: Setting) -> int:
@@ -348,48 +339,27 @@ def _settled(
 
 
 def _ring(setting: Setting, mechanics: Mechanics, noise_multiplier: float) -> int:
-    """The narrowest ring whose rounding costs little ε."""
+    """The narrowest ring whose rounding costs little, in ε and in noise."""
     if setting.ring_bits is not None:
         return setting.ring_bits
-    allowed = _MUCH_COARSER * _epsilon_of(setting, mechanics, noise_multiplier, MAX_BITS)
+    most_epsilon = _MUCH_COARSER * _epsilon_of(setting, mechanics, noise_multiplier, MAX_BITS)
+    most_inflation = _MUCH_COARSER * mechanics(setting, noise_multiplier, MAX_BITS).inflation
     for bits in range(MIN_BITS, MAX_BITS):
         try:
-            if _epsilon_of(setting, mechanics, noise_multiplier, bits) <= allowed:
-                return bits
+            inflation = mechanics(setting, noise_multiplier, bits).inflation
         except ValueError:
             continue  # too narrow to hold the sum at all
+        if inflation <= most_inflation and _epsilon_of(setting, mechanics, noise_multiplier, bits) <= most_epsilon:
+            return bits
     return MAX_BITS
 
 
-def _encoding(setting: Setting, mechanics: Mechanics, noise_multiplier: float, bits: int) -> Encoding:
-    return mechanics.private_encoding(
-        setting.mechanism,
-        cohort=setting.participants,
-        min_honest_survivors=setting.honest,
-        parameters=setting.parameters,
-        clip_norm=setting.clip_norm,
-        noise_multiplier=noise_multiplier,
-        ring_bits=bits,
-    )
-
-
-def _events(setting: Setting, mechanics: Mechanics, noise_multiplier: float, bits: int) -> tuple[PrivacyEvent, ...]:
-    """What a round of the fewest honest survivors releases."""
-    return mechanics.release_events(
-        setting.mechanism,
-        _encoding(setting, mechanics, noise_multiplier, bits),
-        parameters=setting.parameters,
-        noise_multiplier=noise_multiplier,
-        honest=setting.honest,
-        provisioned_for=setting.honest,
-    )
-
-
 def _epsilon_of(setting: Setting, mechanics: Mechanics, noise_multiplier: float, bits: int) -> float:
+    """Of the whole run, every round with the fewest honest survivors."""
     from maskwork.privacy.accountant import Composition  # two seconds, for those who ask
 
     composition = Composition()
-    for event in _events(setting, mechanics, noise_multiplier, bits):
+    for event in mechanics(setting, noise_multiplier, bits).events(setting.honest):
         composition.add(event, setting.rounds)
     return composition.epsilon(setting.total_delta)
 
@@ -398,30 +368,32 @@ def _noise_for(setting: Setting, mechanics: Mechanics, epsilon: float, bits: int
     from maskwork.privacy.accountant import noise_multiplier_for
 
     def events(noise_multiplier: float) -> tuple[PrivacyEvent, ...]:
-        return _events(setting, mechanics, noise_multiplier, bits)
+        return mechanics(setting, noise_multiplier, bits).events(setting.honest)
 
     return noise_multiplier_for(epsilon, setting.total_delta, setting.rounds, events)
 
 
-def _mean_noise(setting: Setting, noise_multiplier: float) -> float:
-    """Standard deviation of each coordinate's noise on the mean of the full cohort, in clip norms.
+def _mean_noise(setting: Setting, noise: float) -> float:
+    """Standard deviation of each coordinate's noise on the mean of the full cohort.
 
-    The noise is provisioned for the fewest honest survivors, so when all survive there is more of it; the
+    Distributed noise is provisioned for the fewest honest survivors, so when all survive there is more of it; the
     coordinator's own noise does not depend on them.
     """
-    more = 1.0 if setting.mechanism is Mechanism.CENTRAL_GAUSSIAN else setting.participants / setting.honest
-    return noise_multiplier * math.sqrt(more) / setting.participants
+    more = setting.participants / setting.honest if setting.distributed else 1.0
+    return noise * math.sqrt(more) / setting.participants
 
 
-def _noise_share(setting: Setting, noise_multiplier: float) -> float:
-    return _mean_noise(setting, noise_multiplier) * math.sqrt(setting.parameters / setting.rounds)
+def _noise_share(setting: Setting, noise: float) -> float:
+    """Of noise on a round's sum in clip norms: a noise multiplier times its inflation."""
+    return _mean_noise(setting, noise) * math.sqrt(setting.parameters / setting.rounds)
 
 
-def _noise_that_loses(setting: Setting, accuracy_loss: float) -> float:
-    noise_multiplier = share_at(accuracy_loss) / _noise_share(setting, 1.0)
-    if noise_multiplier == 0:
+def _noise_that_loses(setting: Setting, mechanics: Mechanics, accuracy_loss: float) -> float:
+    noise = share_at(accuracy_loss) / _noise_share(setting, 1.0)
+    if noise == 0:
         raise PlanningError("without any loss of accuracy there is no noise, and so no privacy: allow some")
-    return noise_multiplier
+    # Less noise leaves room for finer steps in the same ring, so what is taken off here is enough.
+    return noise / mechanics(setting, noise, _ring(setting, mechanics, noise)).inflation
 
 
 def _answer(setting: Setting, mechanics: Mechanics, noise_multiplier: float, bits: int) -> Answer:
@@ -429,10 +401,10 @@ def _answer(setting: Setting, mechanics: Mechanics, noise_multiplier: float, bit
     if math.isinf(epsilon):
         raise PlanningError(
             f"no finite epsilon goes with a noise multiplier of {noise_multiplier:g} at delta {setting.total_delta:g}: "
-            "give more noise, or a larger delta"
+            "give more noise (which costs less accuracy among more participants), or a larger delta"
         )
-    share = _noise_share(setting, noise_multiplier)
-    each = noise_multiplier * setting.clip_norm / math.sqrt(setting.honest)
+    noise = noise_multiplier * mechanics(setting, noise_multiplier, bits).inflation
+    share = _noise_share(setting, noise)
     return Answer(
         setting=setting,
         epsilon=epsilon,
@@ -440,8 +412,8 @@ def _answer(setting: Setting, mechanics: Mechanics, noise_multiplier: float, bit
         noise_multiplier=noise_multiplier,
         ring_bits=bits,
         bytes_per_parameter=bits / 8,
-        participant_noise=0.0 if setting.mechanism is Mechanism.CENTRAL_GAUSSIAN else each,
-        mean_noise=_mean_noise(setting, noise_multiplier) * setting.clip_norm,
+        participant_noise=noise * setting.clip_norm / math.sqrt(setting.honest) if setting.distributed else 0.0,
+        mean_noise=_mean_noise(setting, noise) * setting.clip_norm,
         noise_share=share,
         accuracy_loss=loss_at(share),
         accuracy_loss_at_worst=loss_at(share, MEASURED_LOSS_AT_WORST),
