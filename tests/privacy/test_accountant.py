@@ -97,6 +97,14 @@ def test_skellam_is_above_the_exact_divergence_and_near_it(
     assert exact <= bound <= factor * (1 + order * shift / variance / 4) * exact
 
 
+def test_skellam_is_corollary_3_6_to_the_letter() -> None:
+    """The exact divergence leaves room below the second term, so a slip in it would not show there."""
+    at = {"l1": 30.0, "l2": 10.0}
+    [wide, narrow] = (float(acc.skellam_rdp(orders(3), **at, variance=v)[0]) for v in (1000.0, 2.0))
+    assert wide == pytest.approx(3 * 100 / 2000 + (5 * 100 + 6 * 30) / 4e6)  # the first of the two is the smaller
+    assert narrow == pytest.approx(3 * 100 / 4 + 3 * 30 / 4)  # the second is
+
+
 def test_skellam_in_several_coordinates_is_above_their_sum() -> None:
     shifts, variance = (3, 1, 1, 4), 30.0
     exact = sum(divergence(log_skellam(variance, 300), shift, 4) for shift in shifts)
@@ -240,6 +248,13 @@ def test_two_kinds_of_steps_are_dp_accountings_own_answer_too() -> None:
     assert exact <= acc.epsilon([STEPS, other], DELTA) <= 1.001 * exact
 
 
+def test_the_curve_counts_where_the_distribution_is_too_coarse() -> None:
+    """A loss far below the step of a privacy loss distribution is rounded up to it, a thousand times over."""
+    tiny = DiscreteLaplaceRelease(1.0, 1e6)
+    rounded = PLDAccountant().compose(dp_event.DiscreteLaplaceDpEvent(1e-6, 1), 1000).get_epsilon(DELTA)
+    assert acc.epsilon([tiny] * 1000, DELTA) < rounded / 10
+
+
 def test_discrete_laplace_alone_is_dp_accountings_own_answer() -> None:
     expected = PLDAccountant().compose(dp_event.DiscreteLaplaceDpEvent(1 / 20, 1), 100).get_epsilon(DELTA)
     assert acc.epsilon([LAPLACE] * 100, DELTA) == expected
@@ -335,6 +350,9 @@ def test_total_variation_is_paid_out_of_delta() -> None:
 def test_total_variation_of_all_releases_counts() -> None:
     """It is in no curve, so composing equal releases must still add it up; and kinds with it to kinds without."""
     off = dataclasses.replace(GAUSSIAN, total_variation=1e-8)
+    counted = acc.Composition()
+    counted.add(off, 20)
+    assert counted.epsilon(DELTA) == pytest.approx(acc.epsilon([off] * 20, DELTA), rel=1e-12)
     assert acc.epsilon([off] * 20 + [LAPLACE], DELTA) == pytest.approx(
         acc.epsilon([GAUSSIAN] * 20 + [dataclasses.replace(LAPLACE, total_variation=2e-7)], DELTA), rel=1e-6
     )
@@ -410,6 +428,7 @@ def test_noise_multiplier_is_the_smallest_that_does() -> None:
         assert acc.epsilon(skellam_at(found * (1 - 1e-3)) * 100, DELTA) > target
     steps = acc.noise_multiplier_for(2.0, DELTA, 1, lambda z: (PoissonSampledGaussianSteps(z, 0.02, 500),))
     assert acc.epsilon([PoissonSampledGaussianSteps(steps, 0.02, 500)], DELTA) <= 2.0
+    assert acc.epsilon([PoissonSampledGaussianSteps(steps * 0.995, 0.02, 500)], DELTA) > 2.0  # by the distribution, too
 
 
 def test_noise_multiplier_that_does_not_exist() -> None:
