@@ -13,7 +13,7 @@ import dataclasses
 import io
 import json
 import sys
-from typing import Annotated, Final, cast
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console
@@ -21,8 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from maskwork.errors import UserError
-from maskwork.privacy import mechanisms
-from maskwork.privacy.planning import MEASURED_ON, Answer, Mechanics, Mechanism, Release, Setting, plan
+from maskwork.privacy.mechanisms import Mechanism
+from maskwork.privacy.planning import MEASURED_ON, Answer, Setting, plan
 
 PIPE_WIDTH: Final = 160
 app = typer.Typer(help="Plan a privacy budget before a run.", no_args_is_help=True, add_completion=False)
@@ -38,7 +38,6 @@ def _privacy() -> None:
 
 @app.command("plan")
 def plan_command(
-    context: typer.Context,
     participants: Annotated[int, typer.Option("--participants", "-n", metavar="N", help="The cohort of every round.")],
     rounds: Annotated[int, typer.Option("--rounds", metavar="T", help="Of the whole run.")],
     parameters: Annotated[int, typer.Option("--parameters", "-d", metavar="D", help="Of the model.")],
@@ -96,7 +95,6 @@ def plan_command(
         )
         answer = plan(
             setting,
-            _mechanics(context),
             epsilon=epsilon,
             noise_multiplier=noise_multiplier,
             accuracy_loss=accuracy_loss,
@@ -108,24 +106,6 @@ def plan_command(
     else:
         given = {"epsilon": epsilon, "noise": noise_multiplier, "loss": accuracy_loss}
         _print(answer, {name for name, value in given.items() if value is not None})
-
-
-def _release(setting: Setting, noise_multiplier: float, ring_bits: int) -> Release:
-    """A round of a job with these parameters."""
-    wanted = mechanisms.Wanted(
-        mechanisms.Mechanism(setting.mechanism.value),
-        setting.participants,
-        setting.honest,
-        setting.parameters,
-        setting.clip_norm,
-        noise_multiplier,
-    )
-    return mechanisms.private_release(wanted, ring_bits=ring_bits)
-
-
-def _mechanics(context: typer.Context) -> Mechanics:
-    """Those of jobs, unless whoever runs the command has brought others."""
-    return _release if context.obj is None else cast("Mechanics", context.obj)
 
 
 def _print(answer: Answer, given: set[str]) -> None:
@@ -158,7 +138,7 @@ def _table(answer: Answer, given: set[str]) -> Table:
     z, spread = answer.noise_multiplier, _spread(answer)
     added = (
         f"{answer.participant_noise:.3g} on each coordinate of its update, for a clip norm of {at.clip_norm:g}"
-        if at.distributed
+        if at.mechanism.distributed
         else "none: the coordinator adds the noise, and is trusted to"
     )
     rows = (
@@ -192,7 +172,7 @@ def _notes(answer: Answer) -> list[str]:
         f"The estimate goes by the noise's share of what a model can learn, {answer.noise_share:.3g} here. It was "
         f"measured on {MEASURED_ON}; another task may lose more or less.",
     ]
-    if not at.distributed:
+    if not at.mechanism.distributed:
         lines[0] = (
             "The guarantee holds against whoever sees the models, not against the coordinator: it adds the noise."
         )

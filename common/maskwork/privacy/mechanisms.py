@@ -4,7 +4,8 @@ Distributed noise (Skellam, discrete Gaussian): each participant clips its updat
 becomes the integer norm c, rounds it stochastically until the rounded vector is within the sensitivity D stated below,
 and adds integer noise of variance (z D)^2 / h, where h is the number of honest survivors that the plan counts on. So
 any h honest participants' noise has standard deviation z D or more, and whoever drops out or colludes beyond that was
-counted already. Central noise is drawn once by the coordinator, with z D: that guarantee trusts it.
+counted already. Central noise is drawn once by the coordinator, with z D: that guarantee trusts it. Neighbours differ
+in one participant, who sent its update or sent zeros: who takes part is no secret from the coordinator.
 
 What this deliberately is not: it draws nothing, computes no ε, and decides nothing about what a site accepts.
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from functools import partial
 from typing import Final
 
@@ -49,6 +50,8 @@ from maskwork.secagg.ring import MAX_BITS, MIN_BITS
 REJECTION_BITS: Final = 40
 """A rounded vector is beyond its sensitivity, and rounded again, with probability below 2^-40."""
 WRAP_BITS: Final = 40
+MIN_HONEST: Final = 2
+"""Honest survivors that a sum needs: with one, it is that participant's own update."""
 MAX_INFLATION: Final = 1.25
 """How much rounding may add to the sensitivity before a ring is called too narrow: it adds as much to the noise."""
 DRAW_ERROR: Final = 2.0**-108
@@ -58,8 +61,8 @@ _SLACK: Final = 1 + 2.0**-17  # float32 arithmetic of scaling and rotation
 _MOST_VALUE_BITS: Final = 24
 
 
-class Mechanism(Enum):
-    """Who draws which noise. All of these protect a whole participant."""
+class Mechanism(StrEnum):
+    """Who draws which noise, under its name in a job file. All of these protect a whole participant."""
 
     SKELLAM = "skellam"
     DISCRETE_GAUSSIAN = "discrete-gaussian"
@@ -107,10 +110,10 @@ class NoisyRelease:
             raise MechanismError(
                 f"a noise multiplier of {self.noise_multiplier} is not private: it is a positive number, such as 1.0"
             )
-        if self.min_honest_survivors < 2:
+        if self.min_honest_survivors < MIN_HONEST:
             raise MechanismError(
-                f"{self.min_honest_survivors} honest survivors: at least 2 must share a sum, or it is one site's own; "
-                "raise cohort.min_survivors, which counts the tolerated colluders too"
+                f"{self.min_honest_survivors} honest survivors: at least {MIN_HONEST} must share a sum, or it is one "
+                "site's own; raise cohort.min_survivors, which counts the tolerated colluders too"
             )
         if self.parameters < 1:
             raise MechanismError(f"an update of {self.parameters} coordinates releases nothing")

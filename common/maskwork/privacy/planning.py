@@ -8,8 +8,8 @@ The estimate goes through one number, the noise's share: the expected norm of th
 norm, divided by the square root of the rounds. It is what the noise of all rounds together comes to, in units of the
 way that a model can go in them. `MEASURED_LOSS` says what that did to accuracy where it was measured.
 
-What this deliberately is not: it knows no mechanism (`Mechanics` derives the releases), it does no training,
-and its estimate is no forecast for another task: only ε is a guarantee.
+What this deliberately is not: it derives no sensitivity and no ring (`mechanisms` does), it does no training, and its
+estimate is no forecast for another task: only ε is a guarantee.
 
 Rules:
  1. ε is an upper bound and the noise multiplier is enough; where something is rounded, it is towards more noise.
@@ -22,12 +22,11 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Final, Protocol, TypeAlias
+from typing import Final
 
 from maskwork.privacy.events import PrivacyEvent
+from maskwork.privacy.mechanisms import MIN_HONEST, Mechanism, MechanismError, NoisyRelease, Wanted, private_release
 from maskwork.secagg.encoding import MAX_CLIP_NORM, MIN_CLIP_NORM
 from maskwork.secagg.plan import MAX_PARAMETERS, MAX_ROSTER
 from maskwork.secagg.ring import MAX_BITS, MIN_BITS
@@ -77,7 +76,6 @@ DELTA_EXPONENT: Final = 1.1
 """Without a δ, it is n^-1.1: below 1/n, at which giving one participant's data away whole would be within the bound."""
 
 MAX_ROUNDS: Final = 1_000_000
-MIN_HONEST: Final = 2
 _MUCH_COARSER: Final = 1.05  # the narrowest ring is one that costs no more than this many times the widest one's ε
 _AGREES: Final = 0.01
 
@@ -86,23 +84,8 @@ class PlanningError(ValueError):
     """A question that has no answer; the text says what would be accepted."""
 
 
-class Mechanism(StrEnum):
-    """Who adds which noise, of those whose noise goes by the L2 norm. The names are those of a job file."""
-
-    SKELLAM = "skellam"
-    DISCRETE_GAUSSIAN = "discrete-gaussian"
-    CENTRAL_GAUSSIAN = "central-gaussian"
-
-
-class Release(Protocol):
-    """A round's noisy sum, before anybody draws: `maskwork.privacy.mechanisms.NoisyRelease`."""
-
-    @property
-    def inflation(self) -> float:
-        """How much more the noise is than the noise multiplier says, for the rounding to integers."""
-
-    def events(self, honest: int) -> tuple[PrivacyEvent, ...]:
-        """What it is for an accountant, with so many honest survivors."""
+class TooMuchNoise(PlanningError):
+    """What an ε takes is more noise than these participants can draw."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +115,8 @@ class Setting:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.mechanism is Mechanism.CENTRAL_LAPLACE:
+            raise PlanningError("central-laplace goes by the L1 norm, for which no loss was measured: plan another one")
         _within("participants", self.participants, 2, MAX_ROSTER)
         _within("rounds", self.rounds, 1, MAX_ROUNDS)
         _within("parameters", self.parameters, 1, MAX_PARAMETERS)
@@ -161,21 +146,10 @@ class Setting:
         """The δ of the whole run."""
         return float(self.participants**-DELTA_EXPONENT) if self.delta is None else self.delta
 
-    @property
-    def distributed(self) -> bool:
-        """Whether the participants add the noise."""
-        return self.mechanism is not Mechanism.CENTRAL_GAUSSIAN
-
     def with_participants(self, participants: int) -> Setting:
         """The same with another cohort, of which the same share survives; colluders stay as many as they are."""
         survivors = -(-self.min_survivors * participants // self.participants)
         return dataclasses.replace(self, participants=participants, min_survivors=survivors)
-
-
-Mechanics: TypeAlias = Callable[[Setting, float, int], Release]
-"""The release of a setting's round by its noise multiplier and the width of its ring in bits.
-
-Raises `ValueError` with what would be accepted where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +215,6 @@ def share_at(loss: float, curve: tuple[tuple[float, float], ...] = MEASURED_LOSS
 
 def plan(
     setting: Setting,
-    mechanics: Mechanics,
     *,
     epsilon: float | None = None,
     noise_multiplier: float | None = None,
@@ -251,7 +224,6 @@ def plan(
 
     Args:
         setting: the federation.
-        mechanics: derives the release of a round.
         epsilon: not to be exceeded by the whole run.
         noise_multiplier: standard deviation of the fewest honest participants' noise together, in units of the
             sensitivity.
@@ -259,25 +231,25 @@ def plan(
 
     Raises:
         PlanningError: the question has no answer; the text says what would be accepted.
-        ValueError: of the accountant or the mechanics, likewise.
+        ValueError: of the accountant or the mechanism, likewise.
     """
     _check_asked(epsilon, noise_multiplier, accuracy_loss)
     if epsilon is not None and noise_multiplier is not None:
-        return _agreed(setting, mechanics, epsilon, noise_multiplier)
+        return _agreed(setting, epsilon, noise_multiplier)
     if accuracy_loss is None:
-        return _answer(setting, mechanics, *_settled(setting, mechanics, epsilon, noise_multiplier))
+        return _answer(setting, *_settled(setting, epsilon, noise_multiplier))
     if epsilon is None and noise_multiplier is None:
-        noise_multiplier = _noise_that_loses(setting, mechanics, accuracy_loss)
-        return _answer(setting, mechanics, *_settled(setting, mechanics, None, noise_multiplier))
-    return _participants_for(setting, mechanics, epsilon, noise_multiplier, accuracy_loss)
+        noise_multiplier = _noise_that_loses(setting, accuracy_loss)
+        return _answer(setting, *_settled(setting, None, noise_multiplier))
+    return _participants_for(setting, epsilon, noise_multiplier, accuracy_loss)
 
 
-def _agreed(setting: Setting, mechanics: Mechanics, epsilon: float, noise_multiplier: float) -> Answer:
+def _agreed(setting: Setting, epsilon: float, noise_multiplier: float) -> Answer:
     """Both are given: they must be the same thing said twice."""
-    spent = _epsilon_of(setting, mechanics, *_settled(setting, mechanics, None, noise_multiplier))
+    spent = _epsilon_of(setting, *_settled(setting, None, noise_multiplier))
     if abs(spent - epsilon) <= _AGREES * epsilon:
-        return _answer(setting, mechanics, *_settled(setting, mechanics, None, noise_multiplier))
-    needed, _ = _settled(setting, mechanics, epsilon, None)
+        return _answer(setting, *_settled(setting, None, noise_multiplier))
+    needed, _ = _settled(setting, epsilon, None)
     raise PlanningError(
         f"epsilon and the noise multiplier determine each other, and these two do not agree: a noise multiplier of "
         f"{noise_multiplier:g} spends epsilon {spent:.4g}, and epsilon {epsilon:g} takes a noise multiplier of "
@@ -287,7 +259,6 @@ def _agreed(setting: Setting, mechanics: Mechanics, epsilon: float, noise_multip
 
 def _participants_for(
     setting: Setting,
-    mechanics: Mechanics,
     epsilon: float | None,
     noise_multiplier: float | None,
     accuracy_loss: float,
@@ -296,10 +267,13 @@ def _participants_for(
 
     def at(participants: int) -> Answer:
         cohort = setting.with_participants(participants)
-        return _answer(cohort, mechanics, *_settled(cohort, mechanics, epsilon, noise_multiplier))
+        return _answer(cohort, *_settled(cohort, epsilon, noise_multiplier))
 
     def is_enough(participants: int) -> bool:
-        return at(participants).accuracy_loss <= accuracy_loss
+        try:
+            return at(participants).accuracy_loss <= accuracy_loss
+        except (MechanismError, TooMuchNoise):  # for so few to draw; more of them share it
+            return False
 
     least, most = _smallest_cohort(setting), _largest_cohort(setting)
     upper = least
@@ -327,50 +301,67 @@ def _largest_cohort(setting: Setting) -> int:
     return MAX_ROSTER if setting.delta is None else min(MAX_ROSTER, math.floor(1 / setting.delta))
 
 
-def _settled(
-    setting: Setting, mechanics: Mechanics, epsilon: float | None, noise_multiplier: float | None
-) -> tuple[float, int]:
+def _settled(setting: Setting, epsilon: float | None, noise_multiplier: float | None) -> tuple[float, int]:
     """The noise multiplier and the ring, from one of the two numbers that determine each other."""
     if noise_multiplier is None:
         assert epsilon is not None  # `_check_asked`
-        bits = _ring(setting, mechanics, _noise_for(setting, mechanics, epsilon, setting.ring_bits or MAX_BITS))
-        return _noise_for(setting, mechanics, epsilon, bits), bits
-    return noise_multiplier, _ring(setting, mechanics, noise_multiplier)
+        bits = _ring(setting, _noise_for(setting, epsilon, setting.ring_bits or MAX_BITS))
+        return _noise_for(setting, epsilon, bits), bits
+    return noise_multiplier, _ring(setting, noise_multiplier)
 
 
-def _ring(setting: Setting, mechanics: Mechanics, noise_multiplier: float) -> int:
+def _ring(setting: Setting, noise_multiplier: float) -> int:
     """The narrowest ring whose rounding costs little, in ε and in noise."""
     if setting.ring_bits is not None:
         return setting.ring_bits
-    most_epsilon = _MUCH_COARSER * _epsilon_of(setting, mechanics, noise_multiplier, MAX_BITS)
-    most_inflation = _MUCH_COARSER * mechanics(setting, noise_multiplier, MAX_BITS).inflation
+    most_epsilon = _MUCH_COARSER * _epsilon_of(setting, noise_multiplier, MAX_BITS)
+    most_inflation = _MUCH_COARSER * _release(setting, noise_multiplier, MAX_BITS).inflation
     for bits in range(MIN_BITS, MAX_BITS):
         try:
-            inflation = mechanics(setting, noise_multiplier, bits).inflation
+            inflation = _release(setting, noise_multiplier, bits).inflation
         except ValueError:
             continue  # too narrow to hold the sum at all
-        if inflation <= most_inflation and _epsilon_of(setting, mechanics, noise_multiplier, bits) <= most_epsilon:
+        if inflation <= most_inflation and _epsilon_of(setting, noise_multiplier, bits) <= most_epsilon:
             return bits
     return MAX_BITS
 
 
-def _epsilon_of(setting: Setting, mechanics: Mechanics, noise_multiplier: float, bits: int) -> float:
+def _release(setting: Setting, noise_multiplier: float, bits: int) -> NoisyRelease:
+    """A round of a job with these numbers."""
+    wanted = Wanted(
+        setting.mechanism,
+        setting.participants,
+        setting.honest,
+        setting.parameters,
+        setting.clip_norm,
+        noise_multiplier,
+    )
+    return private_release(wanted, ring_bits=bits)
+
+
+def _epsilon_of(setting: Setting, noise_multiplier: float, bits: int) -> float:
     """Of the whole run, every round with the fewest honest survivors."""
     from maskwork.privacy.accountant import Composition  # two seconds, for those who ask
 
     composition = Composition()
-    for event in mechanics(setting, noise_multiplier, bits).events(setting.honest):
+    for event in _release(setting, noise_multiplier, bits).events(setting.honest):
         composition.add(event, setting.rounds)
     return composition.epsilon(setting.total_delta)
 
 
-def _noise_for(setting: Setting, mechanics: Mechanics, epsilon: float, bits: int) -> float:
+def _noise_for(setting: Setting, epsilon: float, bits: int) -> float:
     from maskwork.privacy.accountant import noise_multiplier_for
 
     def events(noise_multiplier: float) -> tuple[PrivacyEvent, ...]:
-        return mechanics(setting, noise_multiplier, bits).events(setting.honest)
+        return _release(setting, noise_multiplier, bits).events(setting.honest)
 
-    return noise_multiplier_for(epsilon, setting.total_delta, setting.rounds, events)
+    try:
+        return noise_multiplier_for(epsilon, setting.total_delta, setting.rounds, events)
+    except MechanismError as error:
+        raise TooMuchNoise(
+            f"epsilon {epsilon:g} at delta {setting.total_delta:.3g} takes more noise than can be drawn here: allow a "
+            f"larger epsilon or delta, or fewer rounds ({error})"
+        ) from None
 
 
 def _mean_noise(setting: Setting, noise: float) -> float:
@@ -379,7 +370,7 @@ def _mean_noise(setting: Setting, noise: float) -> float:
     Distributed noise is provisioned for the fewest honest survivors, so when all survive there is more of it; the
     coordinator's own noise does not depend on them.
     """
-    more = setting.participants / setting.honest if setting.distributed else 1.0
+    more = setting.participants / setting.honest if setting.mechanism.distributed else 1.0
     return noise * math.sqrt(more) / setting.participants
 
 
@@ -388,22 +379,23 @@ def _noise_share(setting: Setting, noise: float) -> float:
     return _mean_noise(setting, noise) * math.sqrt(setting.parameters / setting.rounds)
 
 
-def _noise_that_loses(setting: Setting, mechanics: Mechanics, accuracy_loss: float) -> float:
+def _noise_that_loses(setting: Setting, accuracy_loss: float) -> float:
     noise = share_at(accuracy_loss) / _noise_share(setting, 1.0)
     if noise == 0:
         raise PlanningError("without any loss of accuracy there is no noise, and so no privacy: allow some")
     # Less noise leaves room for finer steps in the same ring, so what is taken off here is enough.
-    return noise / mechanics(setting, noise, _ring(setting, mechanics, noise)).inflation
+    return noise / _release(setting, noise, _ring(setting, noise)).inflation
 
 
-def _answer(setting: Setting, mechanics: Mechanics, noise_multiplier: float, bits: int) -> Answer:
-    epsilon = _epsilon_of(setting, mechanics, noise_multiplier, bits)
+def _answer(setting: Setting, noise_multiplier: float, bits: int) -> Answer:
+    epsilon = _epsilon_of(setting, noise_multiplier, bits)
     if math.isinf(epsilon):
         raise PlanningError(
             f"no finite epsilon goes with a noise multiplier of {noise_multiplier:g} at delta {setting.total_delta:g}: "
             "give more noise (which costs less accuracy among more participants), or a larger delta"
         )
-    noise = noise_multiplier * mechanics(setting, noise_multiplier, bits).inflation
+    noise = noise_multiplier * _release(setting, noise_multiplier, bits).inflation
+    own = noise * setting.clip_norm / math.sqrt(setting.honest) if setting.mechanism.distributed else 0.0
     share = _noise_share(setting, noise)
     return Answer(
         setting=setting,
@@ -412,7 +404,7 @@ def _answer(setting: Setting, mechanics: Mechanics, noise_multiplier: float, bit
         noise_multiplier=noise_multiplier,
         ring_bits=bits,
         bytes_per_parameter=bits / 8,
-        participant_noise=noise * setting.clip_norm / math.sqrt(setting.honest) if setting.distributed else 0.0,
+        participant_noise=own,
         mean_noise=_mean_noise(setting, noise) * setting.clip_norm,
         noise_share=share,
         accuracy_loss=loss_at(share),
