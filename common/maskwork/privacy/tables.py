@@ -182,13 +182,12 @@ class AliasTable:
     total_variation: float
 
 
-def alias_table(weights: Weights, *, least_column_bits: int = 0) -> AliasTable:
-    """Lay a distribution out. `least_column_bits` asks for more columns than its values need."""
+def alias_table(weights: Weights) -> AliasTable:
+    """Lay a distribution out."""
     signed = [*reversed(weights.halves[1:]), *weights.halves]
     first = -weights.farthest
-    bits = max((len(signed) - 1).bit_length(), least_column_bits)
-    if bits > MAX_COLUMN_BITS:
-        raise ValueError(f"a distribution of {len(signed)} values does not fit {1 << MAX_COLUMN_BITS} columns")
+    bits = (len(signed) - 1).bit_length()
+    assert bits <= MAX_COLUMN_BITS  # the parameters of every distribution here are bounded so that it is
     thresholds, aliases = _vose([*signed, *[0] * ((1 << bits) - len(signed))], 1 << (WEIGHT_BITS - bits))
     values = np.empty(2 << bits, np.int32)
     values[1::2] = np.arange(first, first + (1 << bits))
