@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -54,6 +55,17 @@ def test_tables_sum_to_one_and_a_whole_vector_is_within_two_to_the_minus_sixty(n
     assert weights.halves[0] + 2 * sum(weights.halves[1:]) == WHOLE
     assert weights.halves[-1] > 0
     assert 0 < weights.total_variation * 2**34 <= 2.0**-60  # 2^34: the longest vector that a plan may have
+
+
+@pytest.mark.parametrize("scale", [0.5, 30.0, 2000.0])
+def test_the_mass_that_is_moved_is_what_zero_has_too_much(scale: float) -> None:
+    with decimal.localcontext() as context:
+        context.prec = 80
+        q = (-1 / decimal.Decimal(scale)).exp()
+        exactly = (1 - q) / (1 + q) * WHOLE  # the discrete Laplace distribution's probability of zero
+        weights = tables.discrete_laplace(scale)
+        too_much = weights.halves[0] - exactly
+        assert 0 < too_much <= weights.moved <= too_much + 2
 
 
 def test_the_widest_skellam_still_is() -> None:
